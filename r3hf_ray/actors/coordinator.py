@@ -1,0 +1,357 @@
+"""The coordinator: one loop that moves refs from prompts to learner ranks, with a bound on staleness.
+
+    Prompt --generate--> Trajectory --score--> ScoredTrajectory --collate--> Batch --update--> weights v+1
+            RolloutActor             RewardActor                 learner rank        PPOLearner     |
+              ^----------------------------- load_weights(v+1) -------------------------------------+
+
+It holds refs, ids and lengths; it never touches a tensor and does not import torch.
+
+| who                | waits for                                 | is released by                                     |
+|--------------------|-------------------------------------------|----------------------------------------------------|
+| the loop (`_run`)  | a slot, one for each chunk                | `publish`: the next weights are queued             |
+| a reward actor     | its chunk's trajectories (a ref)          | the rollout actor that returns them                |
+| a learner rank     | all samples of its step (`next_share`)    | the last chunk of the step, scored or quarantined  |
+| a rollout actor    | its mailbox, in the order of submission   | nobody else submits to it, so that order is a lock |
+
+Slots: ``(max_lag + 1) * chunks_per_step``. With max_lag = 0 the chunks of step k start only once version k is queued:
+synchronous PPO. With max_lag = L a sample is at most L versions behind the step that trains on it.
+"""
+
+import asyncio
+import statistics
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
+
+from r3hf_ray.actors.pipeline import Events, Member, Pipeline, Sample, Tally, Verdict, members, sentence_of
+from r3hf_ray.actors.weight_store import Loaded, Publication
+from r3hf_ray.config import PPOConfig
+from r3hf_ray.plan import Request, deal_to_ranks, minibatch_of, seed_of, split_evenly, step_requests
+from r3hf_ray.types import Finish, ScoreInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one learner rank trains on in one step."""
+
+    refs: list[Any]
+    """Object refs of `ScoredTrajectory`, in order of (prompt_id, sample)."""
+    minibatch_of: list[list[int]]
+    """[epoch][i]: the minibatch of this rank's i-th trajectory; composed without regard to the number of ranks."""
+    responses: int
+    """Responses of the step over all ranks."""
+    golds: dict[tuple[int, int], float | None]
+    """(prompt_id, sample) -> gold score, where there is a judge."""
+    metrics: dict[str, float]
+    """Scalars of the step that only the coordinator knows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What the driver shows and writes; scalars and words."""
+
+    rows: list[dict[str, float]]
+    events: list[dict[str, Any]]
+    stages: dict[str, str]
+    failed: str | None
+
+
+@dataclass(slots=True)
+class _Step:
+    """The batch of one step while it fills."""
+
+    expected: int
+    samples: list[Sample] = field(default_factory=list)
+    resolved: int = 0
+    tally: Tally = field(default_factory=Tally)
+    full: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Coordinator:
+    """The only submitter to rollout and reward actors; a named actor that learner ranks pull from."""
+
+    def __init__(
+        self, config: PPOConfig, rollouts: list[Any], rewards: list[Any], *, train_rows: int, heldout_rows: int
+    ) -> None:
+        self._config = config
+        self._train_rows, self._heldout_rows = train_rows, heldout_rows
+        self._max_gap = config.weights.max_logprob_gap or (1e-3 if config.rollout.dtype == "float32" else 0.05)
+        self._rows: list[dict[str, float]] = []
+        self._events = Events()
+        self._verdict = Verdict(self._events)
+        self._pipeline = Pipeline(
+            members("rollout", rollouts),
+            members("reward", rewards),
+            max_attempts=config.rollout.max_attempts,
+            events=self._events,
+            verdict=self._verdict,
+        )
+        self._attempt = -1  # how often a learner group began, minus one
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._steps: dict[int, _Step] = {}
+        self._confirmed: dict[int, asyncio.Task[dict[str, float]]] = {}
+        self._calibration = (0.0, 1.0)
+        self._calibrated, self._published = asyncio.Event(), asyncio.Event()
+        self._slots = asyncio.Semaphore(0)
+        self._first_version = 0
+
+    # ------------------------------------------------------------------ the learner's side
+
+    async def begin(self, step: int) -> None:
+        """A learner group (re)starts at `step`: drop whatever was under way; generation waits for its first weights."""
+        self._verdict.check()
+        for task in list(self._tasks):
+            task.cancel()
+        self._reset(step)
+        self._attempt += 1
+        self._events.add("started" if self._attempt == 0 else "restart", step=step, attempt=self._attempt)
+        self._events.stage("learner", f"started at step {step}")
+        self._spawn(self._run(step))
+
+    async def publish(self, publication: Publication) -> None:
+        """Queue new weights at every sampler, then let the next chunks go."""
+        self._verdict.check()
+        version = publication.version
+        self._pipeline.latest = publication
+        loads = [(member, self._pipeline.load(member)) for member in self._pipeline.rollouts if member.alive]
+        self._confirmed[version] = self._spawn(self._confirm(publication, loads))
+        self._steps = {step: batch for step, batch in self._steps.items() if step >= version}
+        if self._evaluation_due(version):
+            self._spawn(self._evaluate(version))
+        lag = self._config.rollout.max_lag if version == self._first_version else 0
+        for _ in range(self._config.rollout.chunks_per_step * (lag + 1)):
+            self._slots.release()
+
+    async def calibration(self) -> tuple[float, float]:
+        """(mean, std) of the sequence reward over samples of the policy as it was published first."""
+        await self._verdict.or_failure(self._calibrated.wait())
+        return self._calibration
+
+    async def next_share(self, step: int, rank: int) -> Share:
+        """This rank's part of the batch of `step`, once every sample is scored or quarantined."""
+        if rank == 0:
+            self._events.stage("learner", f"waiting for the batch of step {step + 1}")
+        await self._verdict.or_failure(self._step(step).full.wait())
+        if rank == 0:
+            self._events.stage("learner", f"training on step {step + 1}")
+        return self._share(self._step(step), step, rank)
+
+    async def report(self, step: int, metrics: dict[str, float]) -> None:
+        """Close the metrics row of `step` (PPO steps done) once its weights are confirmed at the samplers."""
+        loaded = await self._confirmed[step]
+        row = {"train/global_step": step, "attempt": self._attempt, "time": time.time()}
+        self._rows.append(row | metrics | loaded)
+
+    async def event(self, kind: str, **fields: Any) -> None:
+        """Record something the driver should write and show."""
+        self._events.add(kind, **fields)
+
+    async def fail(self, sentence: str) -> None:
+        """End the run."""
+        self._verdict.fail(sentence)
+
+    # ------------------------------------------------------------------ the driver's side
+
+    async def poll(self, rows_seen: int, events_seen: int) -> Snapshot:
+        """Everything since the last poll."""
+        return Snapshot(
+            rows=self._rows[rows_seen:],
+            events=self._events.list[events_seen:],
+            stages=self._events.stages(),
+            failed=self._verdict.sentence,
+        )
+
+    async def finish(self) -> None:
+        """Wait for what is still under way after the last step: the last load and the last evaluation."""
+        self._events.stage("learner", "finished")
+        if self._tasks:
+            await self._verdict.or_failure(asyncio.wait(set(self._tasks)))
+
+    # ------------------------------------------------------------------ the loop
+
+    async def _run(self, first_step: int) -> None:
+        if self._config.reward.calibration_samples and not first_step:
+            await self._calibrate()
+        else:
+            self._calibrated.set()
+        rollout = self._config.rollout
+        for step in range(first_step, self._config.ppo.steps):
+            requests = step_requests(
+                self._config.run.seed,
+                step,
+                prompts_per_step=rollout.prompts_per_step,
+                samples_per_prompt=rollout.samples_per_prompt,
+                rows=self._train_rows,
+            )
+            for number, chunk in enumerate(split_evenly(requests, rollout.chunks_per_step)):
+                await self._slots.acquire()
+                self._spawn(self._fill(step, step * rollout.chunks_per_step + number, chunk))
+
+    async def _fill(self, step: int, number: int, requests: list[Request]) -> None:
+        """Generate and score one chunk, whatever it takes, and add it to the batch of its step."""
+        batch = self._step(step)
+        async for sample in self._pipeline.scored(batch.tally, number, requests, f"step {step + 1}"):
+            batch.samples.append(sample)
+        batch.resolved += len(requests)
+        if batch.resolved < batch.expected:
+            return
+        if 2 * len(batch.samples) < batch.expected:
+            self._verdict.fail(
+                f"{batch.tally.quarantined} of {batch.expected} samples of step {step + 1} failed "
+                f"{self._config.rollout.max_attempts} times; {self._last_quarantine()}"
+            )
+        batch.samples.sort(key=lambda sample: (sample.info.info.prompt_id, sample.info.info.sample))
+        batch.full.set()
+        self._events.stage("rollout", f"waiting for weights version {step + 1 - self._config.rollout.max_lag}")
+        self._events.stage("reward", "idle")
+
+    # ------------------------------------------------------------------ calibration and evaluation
+
+    async def _calibrate(self) -> None:
+        await self._verdict.or_failure(self._published.wait())
+        count = self._config.reward.calibration_samples
+        infos = await self._judge(
+            [self._request("calibration", i, i % self._train_rows) for i in range(count)], "calibration"
+        )
+        scores = [info.score for info in infos]
+        if len(scores) < 2:
+            self._verdict.fail(f"calibration scored fewer than 2 responses; {self._last_quarantine()}")
+        self._calibration = (statistics.fmean(scores), statistics.pstdev(scores))
+        self._events.add("calibrated", mean=self._calibration[0], std=self._calibration[1], responses=len(scores))
+        self._calibrated.set()
+
+    def _evaluation_due(self, version: int) -> bool:
+        settings = self._config.evaluation
+        if not settings.prompts or not self._heldout_rows:
+            return False
+        return version in (0, self._config.ppo.steps) or bool(settings.every and version % settings.every == 0)
+
+    async def _evaluate(self, version: int) -> None:
+        count = min(self._config.evaluation.prompts, self._heldout_rows)
+        requests = [self._request("heldout", i, self._train_rows + i) for i in range(count)]
+        infos = await self._judge(requests, f"evaluation of version {version}")
+        if infos:
+            row = {"train/global_step": version, "attempt": self._attempt, "time": time.time()}
+            self._rows.append(row | evaluation_metrics(infos))
+
+    def _request(self, stream: str, number: int, row: int) -> Request:
+        return Request(row=row, prompt_id=number, sample=0, seed=seed_of(self._config.run.seed, stream, number))
+
+    async def _judge(self, requests: list[Request], label: str) -> list[ScoreInfo]:
+        """Generate and score outside the training stream; failures are retried and quarantined there too."""
+        tally = Tally()
+
+        async def part(number: int, chunk: list[Request]) -> list[ScoreInfo]:
+            return [sample.info async for sample in self._pipeline.scored(tally, number, chunk, label)]
+
+        workers = max(len(self._pipeline.rollouts), len(self._pipeline.rewards))
+        chunks = split_evenly(requests, min(len(requests), workers))
+        parts = await asyncio.gather(*(part(number, chunk) for number, chunk in enumerate(chunks)))
+        return sorted((info for infos in parts for info in infos), key=lambda info: info.info.prompt_id)
+
+    # ------------------------------------------------------------------ weights
+
+    async def _confirm(self, publication: Publication, loads: list[tuple[Member, Any]]) -> dict[str, float]:
+        """Every sampler must show that it runs what was published; otherwise the run ends."""
+        self._published.set()
+        answers: list[Loaded] = []
+        for member, ref in loads:
+            try:
+                answers.append(await ref)
+            except RayActorError as error:
+                self._pipeline.lost(member, error)
+            except RayTaskError as error:
+                self._verdict.fail(
+                    f"{member.name} could not load weights version {publication.version}: {sentence_of(error)}"
+                )
+            else:
+                self._check(member, publication, answers[-1])
+        proven = f"version {publication.version} proven at {len(answers)} of {len(self._pipeline.rollouts)} samplers"
+        self._events.stage("weights", proven)
+        return {
+            "sync/version": publication.version,
+            "sync/seconds": max((loaded.seconds for loaded in answers), default=0.0),
+            "sync/bytes": publication.num_bytes,
+            "sync/probe_gap": max((loaded.probe_gap for loaded in answers), default=0.0),
+            "sync/mismatch": 0,
+            "rollout/workers": len(answers),
+        }
+
+    def _check(self, member: Member, publication: Publication, loaded: Loaded) -> None:
+        if (loaded.version, loaded.fingerprint) != (publication.version, publication.fingerprint):
+            self._verdict.fail(
+                f"{member.name} answered version {loaded.version} with another fingerprint than the learner published for "
+                f"version {publication.version}: it does not hold the weights it should"
+            )
+        if not loaded.probe_gap <= self._max_gap:  # also when it is not a number
+            self._verdict.fail(
+                f"{member.name} gives the probe sequence other logprobs than the learner after loading version "
+                f"{publication.version} (mean gap {loaded.probe_gap:.2g} nats, allowed {self._max_gap:g}): its engine runs "
+                "wrong weights or another precision; weights.max_logprob_gap sets the bound"
+            )
+
+    # ------------------------------------------------------------------ small things
+
+    def _reset(self, step: int) -> None:
+        self._first_version = step
+        self._slots = asyncio.Semaphore(0)
+        self._steps, self._confirmed, self._tasks = {}, {}, set()
+        self._published, self._calibrated = asyncio.Event(), asyncio.Event()
+        self._calibration = (0.0, 1.0)
+
+    def _step(self, step: int) -> _Step:
+        return self._steps.setdefault(step, _Step(expected=self._config.responses_per_step))
+
+    def _share(self, batch: _Step, step: int, rank: int) -> Share:
+        lengths = [sample.info.info.length for sample in batch.samples]
+        ppo = self._config.ppo
+        mine = deal_to_ranks(lengths, minibatches=ppo.minibatches, ranks=self._config.learner.ranks)[rank]
+        plans = [
+            minibatch_of(lengths, minibatches=ppo.minibatches, seed=self._config.run.seed, step=step, epoch=epoch)
+            for epoch in range(ppo.epochs)
+        ]
+        golds = [sample.info.gold for sample in batch.samples if sample.info.gold is not None]
+        metrics: dict[str, float] = {
+            "rollout/failed": batch.tally.quarantined,
+            "rollout/retried": batch.tally.retried,
+            "time/rollout": batch.tally.rollout_seconds,
+            "time/reward": batch.tally.reward_seconds,
+        }
+        return Share(
+            refs=[batch.samples[i].ref for i in mine],
+            minibatch_of=[[plan[i] for i in mine] for plan in plans],
+            responses=len(lengths),
+            golds={
+                (info.info.prompt_id, info.info.sample): info.gold for info in (batch.samples[i].info for i in mine)
+            },
+            metrics=metrics | ({"reward/gold/mean": statistics.fmean(golds)} if golds else {}),
+        )
+
+    def _last_quarantine(self) -> str:
+        reasons = [event["reason"] for event in self._events.list if event["event"] == "quarantined"]
+        return f"the last reason: {reasons[-1]}" if reasons else "see events.jsonl"
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(self._verdict.guard(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def evaluation_metrics(infos: list[ScoreInfo]) -> dict[str, float]:
+    """Means over held-out prompts, with the standard error of the gold score."""
+    golds = [info.gold for info in infos if info.gold is not None]
+    lengths = [info.info.length - info.info.prompt_len for info in infos]
+    row = {
+        "eval/heldout/score/mean": statistics.fmean(info.score for info in infos),
+        "eval/heldout/response_length/mean": statistics.fmean(lengths),
+        "eval/heldout/eos_frac": statistics.fmean(info.info.finish is Finish.EOS for info in infos),
+        "eval/heldout/prompts": len(infos),
+    }
+    if golds:
+        row["eval/heldout/gold/mean"] = statistics.fmean(golds)
+        row["eval/heldout/gold/sem"] = statistics.pstdev(golds) / len(golds) ** 0.5
+    return row

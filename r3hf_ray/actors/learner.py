@@ -1,0 +1,156 @@
+"""What Ray Train runs on each rank: pull a share, update, publish weights, checkpoint.
+
+The learner pulls because `TorchTrainer.fit()` owns its ranks and blocks. Everything outside is found by name and looked
+up again after every restart; a restarted group begins at the last committed checkpoint and tells the coordinator so.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConsistencyMode
+
+from r3hf_ray.actors.coordinator import Share
+from r3hf_ray.actors.weight_store import Probe, Tensor, fingerprint, publish
+from r3hf_ray.config import PPOConfig
+from r3hf_ray.models.sharding import make_mesh
+from r3hf_ray.training.ppo import DivergenceError, PPOLearner, RewardScale
+from r3hf_ray.types import ScoredTrajectory
+
+TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+SampleWriter = Callable[[Path, int, list[dict[str, Any]]], object]
+"""(run folder, step, per-token rows): writes one dump; given by the driver, since the form of files is its side."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerSettings:
+    """What each rank is started with."""
+
+    config: PPOConfig
+    run_folder: Path
+    namespace: str
+    probe_ids: list[int]
+    write_samples: SampleWriter
+
+
+def train_loop(settings: dict[str, LearnerSettings]) -> None:
+    """One rank's whole life."""
+    _Rank(settings["learner"]).run()
+
+
+class _Rank:
+    """The handles and the learner of one rank."""
+
+    def __init__(self, settings: LearnerSettings) -> None:
+        self._settings, self._config = settings, settings.config
+        context = ray.train.get_context()
+        self._rank, self._world = context.get_world_rank(), context.get_world_size()
+        self._coordinator = ray.get_actor("coordinator", settings.namespace)
+        self._store = ray.get_actor("weight_store", settings.namespace)
+        on_gpu = self._config.learner.gpus_per_rank > 0
+        torch.set_num_threads(self._config.learner.threads)
+        self._learner = PPOLearner(
+            self._config,
+            scale=RewardScale(),
+            device=torch.device("cuda" if on_gpu else "cpu"),
+            mesh=make_mesh(self._world, "cuda" if on_gpu else "cpu"),
+            capsules=settings.run_folder / "divergence",
+        )
+
+    def run(self) -> None:
+        """Restore, publish, and train until the last step."""
+        self._restore()
+        if self._rank == 0:
+            ray.get(self._coordinator.begin.remote(self._learner.step))
+        self._publish()
+        if self._learner.step == 0:
+            mean, std = ray.get(self._coordinator.calibration.remote())
+            self._learner.set_scale(RewardScale(mean=mean, scale=std if std > 0 else 1.0))
+        while self._learner.step < self._config.ppo.steps:
+            self._step()
+        self._learner.save_pretrained(self._settings.run_folder / "model")
+
+    def _restore(self) -> None:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint:
+            with checkpoint.as_directory() as folder:
+                self._learner.load(Path(folder))
+
+    def _step(self) -> None:
+        start = time.perf_counter()
+        share: Share = ray.get(self._coordinator.next_share.remote(self._learner.step, self._rank))
+        scored: list[ScoredTrajectory] = ray.get(share.refs)
+        waited = time.perf_counter() - start
+        try:
+            metrics = self._learner.update(scored, minibatch_of=share.minibatch_of)
+        except DivergenceError as error:
+            ray.get(self._coordinator.fail.remote(str(error)))
+            raise
+        published = self._publish()
+        if self._rank == 0:
+            seconds = time.perf_counter() - start
+            own = {
+                "time/step": seconds,
+                "time/wait_rollout": waited,
+                "time/publish": published,
+                "perf/tokens_per_sec": metrics["rollout/response_length/mean"] * share.responses / seconds,
+            }
+            self._coordinator.report.remote(self._learner.step, {**metrics, **share.metrics, **own})
+            self._dump_samples(share)
+        self._checkpoint()
+
+    def _publish(self) -> float:
+        """All ranks gather, rank 0 publishes. Returns seconds."""
+        start = time.perf_counter()
+        probe_ids = self._settings.probe_ids
+        logprobs = self._learner.evaluate_probe(probe_ids)[1:] if probe_ids else []
+        tensors = _in_transit(self._learner.full_parameters(), self._config.rollout.dtype)
+        if self._rank != 0:
+            for _ in tensors:  # every rank takes part in the gathering
+                pass
+            return 0.0
+        publication = publish(
+            self._store,
+            self._learner.step,
+            tensors,
+            probe=Probe(token_ids=probe_ids, logprobs=logprobs) if probe_ids else None,
+            max_bytes=self._config.weights.bucket_mb * 2**20,
+        )
+        ray.get(self._coordinator.publish.remote(publication))
+        return time.perf_counter() - start
+
+    def _dump_samples(self, share: Share) -> None:
+        step, tracking = self._learner.step, self._config.tracking
+        due = step in (1, self._config.ppo.steps) or step % tracking.samples_every == 0
+        if tracking.samples_per_dump and due:
+            rows = self._learner.samples(tracking.samples_per_dump)
+            rows = [row | {"gold": share.golds[(row["prompt_id"], row["sample"])]} for row in rows]
+            self._settings.write_samples(self._settings.run_folder, step, rows)
+
+    def _checkpoint(self) -> None:
+        step, every = self._learner.step, self._config.learner.checkpoint_every
+        if step != self._config.ppo.steps and not (every and step % every == 0):
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            self._learner.save(Path(folder))
+            ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder))
+        # Without this barrier a checkpoint that was reported is not yet one that a restart finds.
+        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+        if self._rank == 0:
+            self._coordinator.event.remote("checkpoint", step=step)
+
+
+def _in_transit(parameters: Iterator[tuple[str, torch.Tensor]], dtype: str) -> Iterator[Tensor]:
+    """Full parameters as fingerprinted numpy arrays of the sampler's data type."""
+    for name, parameter in parameters:
+        cast = parameter.detach().to("cpu", TORCH_TYPES[dtype]).contiguous()
+        array: np.ndarray = (cast.view(torch.uint16) if dtype == "bfloat16" else cast).numpy()
+        yield Tensor(name=name, dtype=dtype, array=array, fingerprint=fingerprint(array))

@@ -1,0 +1,39 @@
+"""Reward actor: one reward model and one reference, scoring chunks of trajectories that arrive as a ref."""
+
+import time
+from typing import Any
+
+from r3hf_ray.types import Failure, ScoredTrajectory, ScoreReport, Trajectory
+
+
+class RewardActor:
+    """Stateless, so Ray may restart it and run a call again: the same ids give the same scores."""
+
+    def __init__(self, settings: Any, *, threads: int) -> None:
+        import torch
+
+        from r3hf_ray.models.scoring import Scorer
+
+        torch.set_num_threads(threads)
+        self._scorer = Scorer(settings)
+
+    def ping(self) -> None:
+        """Answer, once the models are loaded."""
+
+    def score(self, trajectories: list[Trajectory], keys: list[tuple[int, int]]) -> list[Any]:
+        """Score a chunk; one object for each key (None where it failed), then the report.
+
+        Args:
+            trajectories: what the rollout actor made of the chunk; fewer than `keys` where generation failed.
+            keys: (prompt_id, sample) of every request of the chunk, which fixes the number of returned objects.
+        """
+        start = time.perf_counter()
+        results = self._scorer.score(trajectories)
+        scored = [item for item in results if isinstance(item, ScoredTrajectory)]
+        by_key = {(item.trajectory.prompt_id, item.trajectory.sample): item for item in scored}
+        report = ScoreReport(
+            infos=[self._scorer.judge(item) for item in scored],
+            failures=[item for item in results if isinstance(item, Failure)],
+            seconds=time.perf_counter() - start,
+        )
+        return [*(by_key.get(key) for key in keys), report]

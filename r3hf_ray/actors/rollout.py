@@ -1,0 +1,187 @@
+"""Rollout actor: one vLLM engine that samples responses and swaps weights between calls.
+
+Call order is the lock: the actor is synchronous and the coordinator is its only submitter, so a `load_weights`
+submitted before a `generate` is finished before it, and every trajectory has one `policy_version`.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from r3hf_ray.actors.weight_store import Loaded, Probe, Publication
+from r3hf_ray.plan import Request
+from r3hf_ray.types import Failure, Finish, GenerateReport, Trajectory
+
+
+class StaleWeightsError(RuntimeError):
+    """The engine was asked to sample before it had loaded a published version."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What one engine needs; plain values, so that an engine can be made without a run."""
+
+    model: str
+    max_model_len: int
+    max_response_tokens: int
+    temperature: float
+    eos_ids: tuple[int, ...]
+    dtype: str = "float32"
+    backend: str = "object_ref"
+    threads: int = 1
+    kv_cache_gb: int = 1
+    gpu_memory_utilization: float = 0.85
+    on_gpu: bool = False
+    extra: dict[str, Any]
+
+    def environment(self) -> dict[str, str]:
+        """Environment of the actor's process; vLLM reads it at import."""
+        common = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+        if self.on_gpu:
+            return common
+        return (
+            common
+            | {
+                "OMP_NUM_THREADS": str(self.threads),
+                "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gb),
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "TORCHDYNAMO_DISABLE": "1",  # vLLM compiles a logprob helper even in eager mode: 3 s warm, 20 s on a fresh machine
+            }
+        )
+
+
+class RolloutActor:
+    """One engine. `generate` returns two objects: trajectories (a ref for the reward actor) and the report."""
+
+    def __init__(self, settings: EngineSettings, prompts: list[Any]) -> None:
+        """Start the engine.
+
+        Args:
+            settings: of the engine.
+            prompts: token ids of every prompt of the run, or one ref of that list: a constructor argument that lies in
+                the object store itself could be gone when Ray restarts the actor.
+        """
+        os.environ.update(settings.environment())  # also when used without Ray
+        self._settings = settings
+        self._prompts: list[np.ndarray] = ray.get(prompts[0]) if isinstance(prompts[0], ray.ObjectRef) else prompts
+        self._version: int | None = None
+        self._llm = make_engine(settings)
+
+    def ping(self) -> None:
+        """Answer, once the engine stands."""
+
+    def load_weights(self, publication: Publication) -> Loaded:
+        """Load one published version, drop the prefix cache, and answer with what was loaded."""
+        start = time.perf_counter()
+        self._version = None  # if anything below fails, sampling is refused until a load succeeds
+        self._llm.collective_rpc("start_weight_update")
+        self._llm.collective_rpc("update_weights", args=({"buckets": publication.buckets},))
+        self._llm.collective_rpc("finish_weight_update")
+        if not self._llm.reset_prefix_cache():
+            raise StaleWeightsError("vLLM refused to reset its prefix cache: old keys and values would be reused")
+        loaded = self._llm.collective_rpc("r3hf_loaded_fingerprint")[0]
+        gap = self._probe_gap(publication.probe) if publication.probe else 0.0
+        self._version = publication.version
+        return Loaded(
+            version=publication.version, fingerprint=loaded, probe_gap=gap, seconds=time.perf_counter() - start
+        )
+
+    def generate(self, requests: list[Request]) -> tuple[list[Trajectory], GenerateReport]:
+        """Sample one response to each request.
+
+        Raises:
+            StaleWeightsError: no weights were loaded since the process (re)started.
+        """
+        if self._version is None:
+            raise StaleWeightsError("this rollout actor has restarted and has no published weights yet")
+        start = time.perf_counter()
+        outputs = self._sample(requests)
+        made = [self._trajectory(request, output) for request, output in zip(requests, outputs, strict=True)]
+        trajectories = [item for item in made if isinstance(item, Trajectory)]
+        failures = [item for item in made if isinstance(item, Failure)]
+        report = GenerateReport(
+            infos=[trajectory.info for trajectory in trajectories],
+            failures=failures,
+            seconds=time.perf_counter() - start,
+        )
+        return trajectories, report
+
+    def _sample(self, requests: list[Request]) -> list[Any]:
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                temperature=self._settings.temperature,
+                max_tokens=self._settings.max_response_tokens,
+                seed=request.seed,
+                logprobs=0,
+                stop_token_ids=list(self._settings.eos_ids),
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        prompts = [{"prompt_token_ids": self._prompts[request.row].tolist()} for request in requests]
+        return self._llm.generate(prompts, params, use_tqdm=False)
+
+    def _trajectory(self, request: Request, output: Any) -> Trajectory | Failure:
+        sampled = output.outputs[0]
+        prompt = self._prompts[request.row]
+        tokens = np.asarray(sampled.token_ids, dtype=np.int32)
+        logprobs = np.asarray(
+            [step[token].logprob for step, token in zip(sampled.logprobs, sampled.token_ids, strict=True)],
+            dtype=np.float32,
+        )
+        if len(tokens) == 0 or not np.isfinite(logprobs).all():
+            reason = "empty response" if len(tokens) == 0 else "a behaviour logprob is not finite"
+            return Failure(prompt_id=request.prompt_id, sample=request.sample, stage="generate", reason=reason)
+        return Trajectory(
+            prompt_id=request.prompt_id,
+            sample=request.sample,
+            attempt=request.attempt,
+            policy_version=self._version if self._version is not None else -1,
+            prompt_len=len(prompt),
+            finish=Finish.EOS if int(tokens[-1]) in self._settings.eos_ids else Finish.LENGTH,
+            token_ids=np.concatenate([prompt, tokens]),
+            behavior_logprobs=np.concatenate([np.zeros(len(prompt), np.float32), logprobs]),
+        )
+
+    def _probe_gap(self, probe: Probe) -> float:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        output = self._llm.generate([{"prompt_token_ids": probe.token_ids}], params, use_tqdm=False)[0]
+        ours = [
+            step[token].logprob for step, token in zip(output.prompt_logprobs[1:], probe.token_ids[1:], strict=True)
+        ]
+        return float(np.mean(np.abs(np.asarray(ours) - np.asarray(probe.logprobs))))
+
+
+def make_engine(settings: EngineSettings) -> Any:
+    """An in-process vLLM engine that takes token ids, gives processed logprobs, and never detokenizes.
+
+    `generation_config="vllm"` keeps a model folder's own sampling settings (top_p and such) out of the run;
+    eager mode avoids minutes of compilation on CPU.
+    """
+    from vllm import LLM
+
+    defaults: dict[str, Any] = {
+        "enforce_eager": not settings.on_gpu,
+        "max_num_seqs": 256,
+        "disable_log_stats": True,
+    }
+    return LLM(
+        model=settings.model,
+        skip_tokenizer_init=True,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",
+        weight_transfer_config={"backend": settings.backend},
+        worker_extension_cls="r3hf_ray.actors.weights.WorkerExtension",
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        **(defaults | settings.extra),
+    )

@@ -1,0 +1,141 @@
+"""Scored trajectories to padded batches, and batches to microbatches that fit a budget of padded tokens."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from r3hf_ray.types import Finish, ScoredTrajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Scored trajectories, right-padded: ``[B, T]`` over prompt + response, rewards still in the reward model's units.
+
+    Example, one trajectory of prompt ``[5, 6]`` and response ``[7, 2]`` beside a longer one (pad 0):
+    ``token_ids=[[5, 6, 7, 2, 0], ...], response_mask=[[0, 0, 1, 1, 0], ...]``,
+    ``token_rewards=[[0, 0, 0.4, 1.1, 0], ...]``, all of ``[B, 5]``.
+    """
+
+    token_ids: Int64[Tensor, "B T"]
+    attention_mask: Bool[Tensor, "B T"]
+    """True on prompt and response."""
+    response_mask: Bool[Tensor, "B T"]
+    """True on the tokens the policy sampled; everything per token below is 0 outside it."""
+    behavior_logprobs: Float[Tensor, "B T"]
+    """Of the sampler. [nats]"""
+    ref_logprobs: Float[Tensor, "B T"]
+    """Of the frozen reference. [nats]"""
+    token_rewards: Float[Tensor, "B T"]
+    """Redistributed reward earned by each token."""
+    prefix_scores: Float[Tensor, "B T"]
+    """R(x, y_<=t)."""
+    score: Float[Tensor, "B"]
+    """R(x, y)."""
+    prompt_score: Float[Tensor, "B"]
+    """R(x, empty)."""
+    truncated: Bool[Tensor, "B"]
+    """Cut at the length limit: no EOS."""
+    prompt_ids: Int64[Tensor, "B"]
+    samples: Int64[Tensor, "B"]
+    policy_versions: Int64[Tensor, "B"]
+    """The weights version that sampled each row."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Prompt + response of each row, without padding. [tokens]"""
+        return self.attention_mask.sum(1).tolist()
+
+    def rows(self, index: Sequence[int] | Int64[Tensor, "N"]) -> "Batch":
+        """The rows ``index`` (at least one), in that order, trimmed to the longest of them."""
+        chosen = torch.as_tensor(index, dtype=torch.long, device=self.token_ids.device)
+        width = int(self.attention_mask[chosen].sum(1).max())
+        return self._map(lambda x: x[chosen, :width] if x.ndim == 2 else x[chosen])
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        return self._map(lambda x: x.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+
+
+def collate(scored: Sequence[ScoredTrajectory], *, pad_id: int) -> Batch:
+    """Pad scored trajectories (at least one) to the longest and stack them, in the order given.
+
+    Args:
+        scored: trajectories with their rewards.
+        pad_id: token id on the padding; masked everywhere, so any id the embedding knows will do.
+    """
+    trajectories = [s.trajectory for s in scored]
+    lengths = torch.tensor([len(t.token_ids) for t in trajectories])
+    prompts = torch.tensor([t.prompt_len for t in trajectories])
+    token_ids = pad_rows([t.token_ids for t in trajectories], fill=pad_id).long()
+    position = torch.arange(token_ids.shape[1])
+    attention_mask = position < lengths[:, None]
+    return Batch(
+        token_ids=token_ids,
+        attention_mask=attention_mask,
+        response_mask=attention_mask & (position >= prompts[:, None]),
+        behavior_logprobs=pad_rows([t.behavior_logprobs for t in trajectories], fill=0.0),
+        ref_logprobs=pad_rows([s.ref_logprobs for s in scored], fill=0.0),
+        token_rewards=pad_rows([s.token_rewards for s in scored], fill=0.0),
+        prefix_scores=pad_rows([s.prefix_scores for s in scored], fill=0.0),
+        score=torch.tensor([s.score for s in scored], dtype=torch.float32),
+        prompt_score=torch.tensor([s.prompt_score for s in scored], dtype=torch.float32),
+        truncated=torch.tensor([t.finish is Finish.LENGTH for t in trajectories]),
+        prompt_ids=torch.tensor([t.prompt_id for t in trajectories]),
+        samples=torch.tensor([t.sample for t in trajectories]),
+        policy_versions=torch.tensor([t.policy_version for t in trajectories]),
+    )
+
+
+def pad_rows(rows: Sequence[np.ndarray], *, fill: int | float) -> Tensor:
+    """Arrays of different lengths as one right-padded tensor ``[B, T]`` of their data type; a copy, never a view."""
+    padded = np.full((len(rows), max(map(len, rows))), fill, dtype=rows[0].dtype)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return torch.from_numpy(padded)
+
+
+def microbatches(lengths: Sequence[int], *, budget_tokens: int) -> list[list[int]]:
+    """Split rows into groups whose padded size (rows x longest) is at most ``budget_tokens``.
+
+    Every index appears exactly once. A row longer than the budget stands alone. Rows are grouped by length, longest
+    first, so that little is padding and memory is short on the first microbatch or never.
+
+    Example: lengths ``[3, 9, 4, 8]`` and a budget of 16 tokens -> ``[[1], [3, 2], [0]]``.
+
+    Args:
+        lengths: of each row. [tokens]
+        budget_tokens: padded tokens of one forward. [tokens]
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def masked_filler(batch: Batch) -> Batch:
+    """One row without a single response token: it costs a forward, and adds exactly 0 to every loss and gradient.
+
+    A rank that has run out of microbatches joins the others' collectives with it. It is the batch's shortest row, so
+    the model sees sound ids.
+    """
+    lengths = batch.lengths
+    row = batch.rows([lengths.index(min(lengths))])
+    nothing = torch.zeros_like(row.token_rewards)
+    return replace(
+        row,
+        response_mask=torch.zeros_like(row.response_mask),
+        behavior_logprobs=nothing,
+        ref_logprobs=nothing,
+        token_rewards=nothing,
+        prefix_scores=nothing,
+    )

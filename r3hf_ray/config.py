@@ -1,0 +1,490 @@
+"""Frozen configuration: one schema a command, shared sections, TOML in, dotted overrides on top (layer 0).
+
+Sources are the command line over the TOML file and nothing else: the environment is not read, because ``RUN=x`` in a
+shell would then break or silently override a run. Every problem becomes one line, ``file: section.field: what``.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class ConfigError(ValueError):
+    """The configuration, the data or a model folder cannot be used; the command exits with code 2."""
+
+
+class Section(BaseModel):
+    """A frozen group of settings; an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    """What the run is called, where it is kept, and its seed."""
+
+    name: RunName
+    """Folder name of the run below `folder`."""
+    folder: Path = Path("runs")
+    """Where runs are kept."""
+    seed: NonNegative = 0
+    """Seed of everything random: sampling seeds come from (seed, prompt, sample), batching from (seed, step)."""
+    cpus: PositiveFloat | None = None
+    """Logical CPUs of a Ray instance started by this command; ignored when it joins a cluster. [CPUs]"""
+
+
+class TrackingSection(Section):
+    """Where metrics go besides `metrics.jsonl`, which is always written."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto`: online when a wandb key is configured, otherwise offline. A tracker that fails never stops training."""
+    project: str = "r3hf_ray"
+    """wandb project."""
+    entity: str | None = None
+    """wandb entity (user or team)."""
+    samples_every: Positive = 10
+    """Steps between two dumps of per-token samples. [steps]"""
+    samples_per_dump: NonNegative = 8
+    """Trajectories in one dump. [trajectories]"""
+
+
+class DataSection(Section):
+    """Where prompts, dialogues or preferences come from."""
+
+    source: str
+    """A hub name (`Anthropic/hh-rlhf`) or a local .jsonl, .jsonl.gz, .json, .parquet or .csv file."""
+    config: str | None = None
+    """Configuration name of a hub dataset."""
+    data_dir: str | None = None
+    """Folder inside a hub dataset, as HH-RLHF has them (`harmless-base`)."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    format: Literal["auto", "messages", "preference", "hh", "prompt", "ranked", "safe_rlhf", "tldr_pairs", "nectar"] = (
+        "auto"
+    )
+    """Shape of a row: `messages` (chat), `preference` (prompt/chosen/rejected), `hh` (chosen/rejected dialogues),
+    `prompt` (text), `ranked` (prompt, responses, scores), or a published dataset's own."""
+    max_prompt_tokens: Positive = 512
+    """Longest rendered prompt; a longer one is counted, listed with its line number, and left out. [tokens]"""
+    limit: Positive | None = None
+    """Use only the first `limit` usable rows after `skip`. [rows]"""
+    skip: NonNegative = 0
+    """Leave out the first `skip` usable rows. [rows]"""
+    heldout: NonNegative = 0
+    """Rows at the end of the selection kept for evaluation, never trained on. [rows]"""
+
+
+class ModelSection(Section):
+    """The models of PPO, each a local folder or a hub name."""
+
+    policy: str
+    """The initial policy: anything `AutoModelForCausalLM` loads."""
+    reward_model: str
+    """Any decoder-only `AutoModelForSequenceClassification(num_labels=1)` with the policy's tokenizer."""
+    reference: str | None = None
+    """The frozen reference of the KL penalty; the initial policy when left out."""
+
+
+class RolloutSection(Section):
+    """Rollout actors: one vLLM engine each."""
+
+    actors: Positive = 1
+    """Rollout actors. [actors]"""
+    prompts_per_step: Positive = 32
+    """Prompts drawn for one PPO step. [prompts]"""
+    samples_per_prompt: Positive = 1
+    """Responses to each prompt. A step trains on prompts_per_step * samples_per_prompt. [responses]"""
+    chunks_per_step: Positive = 2
+    """A step's prompts are generated in this many equal chunks, so scoring overlaps with generation. [chunks]"""
+    max_response_tokens: Positive = 48
+    """Longest response, EOS included. [tokens]"""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; every logprob of the run is taken at it."""
+    top_p: float = 1.0
+    """Must stay 1: otherwise the behaviour logprobs would not be the policy's."""
+    top_k: int = -1
+    """Must stay -1 (off), for the same reason."""
+    max_lag: NonNegative = 0
+    """Weights versions a sample may be behind the learner: 0 is synchronous PPO, 1 overlaps with learning. [steps]"""
+    max_attempts: Positive = 3
+    """Attempts at a prompt before it is quarantined and counted. [attempts]"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type of the sampling weights."""
+    cpus_per_actor: NonNegativeFloat = 0.3
+    """Logical CPUs an actor asks of Ray. [CPUs]"""
+    gpus_per_actor: NonNegativeFloat = 0.0
+    """GPUs an actor asks of Ray. [GPUs]"""
+    threads: Positive = 1
+    """Threads of one engine on CPU. [threads]"""
+    kv_cache_gb: Positive = 1
+    """KV cache of one engine on CPU. [GiB]"""
+    gpu_memory_utilization: Fraction = 0.85
+    """Share of a GPU's memory that vLLM may take."""
+    engine_args: dict[str, Any] = {}
+    """Further arguments of `vllm.LLM`, as they are."""
+
+
+class RewardSection(Section):
+    """Reward actors: a frozen reward model and the frozen reference on the same sampled ids."""
+
+    actors: Positive = 2
+    """Reward actors working in parallel on refs. [actors]"""
+    mode: Literal["terminal", "r3hf"] = "r3hf"
+    """How the sequence reward is paid: at the last token (`terminal`), or per token as the difference of prefix
+    scores."""
+    beta_c: Fraction = 1.0
+    """`r3hf` only: beta_c * redistributed + (1 - beta_c) * terminal (paper, Eq. 7)."""
+    subtract_prompt_score: bool = True
+    """Token 1 earns R(x, y_1) - R(x, empty); false pays it R(x, y_1), so the sum is R(x, y)."""
+    pooling_suffix: str = "auto"
+    """Text after EOS that the reward model was trained to read (`\\n` in some chat templates); `auto` takes it from
+    the reward model's own r3hf_format.json, and from its chat template where there is none; `none` forbids it."""
+    missing_eos: Literal["keep", "penalty", "zero_credit"] = "keep"
+    """What a response cut at the limit earns: its rewards; its rewards minus `missing_eos_penalty` at the last token;
+    or only that penalty."""
+    missing_eos_penalty: NonNegativeFloat = 1.0
+    """In standard deviations of the sequence reward."""
+    calibration_samples: NonNegative = 256
+    """Responses of the initial policy that fix the reward's scale (std) and centre (mean); 0: scale 1, centre 0.
+    [responses]"""
+    microbatch_tokens: Positive = 8192
+    """Padded tokens of one forward. [tokens]"""
+    gold: str | None = None
+    """`package.module:function`, an independent judge `(prompt: str, response: str) -> float`; logged, never trained
+    on."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the trunk; the score head always runs in float32."""
+    cpus_per_actor: NonNegativeFloat = 0.2
+    """Logical CPUs an actor asks of Ray. [CPUs]"""
+    gpus_per_actor: NonNegativeFloat = 0.0
+    """GPUs an actor asks of Ray. [GPUs]"""
+    threads: Positive = 1
+    """Torch threads of one actor. [threads]"""
+
+
+class PPOSection(Section):
+    """The PPO objective."""
+
+    steps: Positive = 60
+    """PPO steps; each trains on one batch and publishes one weights version. [steps]"""
+    epochs: Positive = 2
+    """Passes over a batch. [epochs]"""
+    minibatches: Positive = 2
+    """Optimizer steps a pass. [minibatches]"""
+    gamma: Fraction = 1.0
+    """Discount. Redistribution keeps the optimum only at 1."""
+    gae_lambda: Fraction = 0.95
+    """Lambda of GAE. 0.95 for short responses, 1.0 for long ones or a cold critic."""
+    clip_range: PositiveFloat = 0.2
+    """Clip of the probability ratio."""
+    value_clip_range: NonNegativeFloat = 0.2
+    """Clip of the value change, in units of the scaled reward; 0: no clip."""
+    kl_coef: NonNegativeFloat = 0.05
+    """Per-token k1 KL penalty inside the reward, in scaled reward per nat."""
+    kl_target: PositiveFloat | None = None
+    """If set, kl_coef adapts to hold this KL to the reference. [nats a response]"""
+    kl_horizon: PositiveFloat = 10_000.0
+    """Adaptation horizon of the KL controller. [responses]"""
+    whiten_advantages: bool = True
+    """Whiten advantages by moments over all ranks."""
+    importance_cap: PositiveFloat | None = None
+    """If set, the policy loss carries min(exp(old - behaviour), cap): for max_lag >= 1."""
+    microbatch_tokens: Positive = 8192
+    """Padded tokens of one forward and backward on one rank. [tokens]"""
+
+
+class CriticSection(Section):
+    """Where the value function starts."""
+
+    init: Literal["auto", "sft", "reward_trunk", "reward_model"] = "auto"
+    """`sft`: policy trunk + zero head; `reward_trunk`: reward model's trunk + zero head (auto with r3hf);
+    `reward_model`: trunk + score head (auto with terminal; with r3hf it counts the prefix score twice)."""
+
+
+class OptimizerSection(Section):
+    """AdamW on the policy and the critic."""
+
+    policy_lr: PositiveFloat = 5e-4
+    """Learning rate of the policy."""
+    critic_lr: PositiveFloat = 1e-3
+    """Learning rate of the critic."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's betas."""
+    eps: PositiveFloat = 1e-5
+    """Adam's epsilon; larger than torch's default, which makes early steps too long."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    warmup_steps: NonNegative = 0
+    """Linear warm-up. [optimizer steps]"""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradient clipping norm, policy and critic apart."""
+
+
+class LearnerSection(Section):
+    """The Ray Train group."""
+
+    ranks: Positive = 2
+    """Learner ranks. [processes]"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of forward and backward; master weights and optimizer state stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, about a third more time."""
+    shard_blocks: Literal["auto", "always", "never"] = "auto"
+    """Shard each decoder block apart, or the root only; `auto`: blocks above 100M parameters."""
+    checkpoint_every: NonNegative = 20
+    """Steps between sharded checkpoints; 0: only at the end. [steps]"""
+    keep_checkpoints: Positive = 2
+    """Checkpoints kept. [checkpoints]"""
+    max_failures: NonNegative = 2
+    """Restarts from the last committed checkpoint after a rank dies. [restarts]"""
+    cpus_per_rank: NonNegativeFloat = 0.4
+    """Logical CPUs a rank asks of Ray. [CPUs]"""
+    gpus_per_rank: NonNegativeFloat = 0.0
+    """GPUs a rank asks of Ray; a rank uses CUDA and NCCL when above 0. [GPUs]"""
+    threads: Positive = 1
+    """Torch threads of one rank. [threads]"""
+
+
+class WeightsSection(Section):
+    """How weights travel to the samplers and how their arrival is proven."""
+
+    backend: Literal["auto", "object_ref", "nccl"] = "auto"
+    """`auto`: `nccl` when learner and rollouts are on GPUs, otherwise `object_ref`."""
+    bucket_mb: Positive = 256
+    """Weights are published in objects of about this size. [MiB]"""
+    probe_tokens: NonNegative = 160
+    """Length of the probe sequence whose logprobs learner and sampler compare at each sync (longer than a cache
+    block); 0: off. [tokens]"""
+    max_logprob_gap: PositiveFloat | None = None
+    """Largest mean absolute difference of the probe's logprobs before the run stops; by data type when left out
+    (float32 1e-3, otherwise 0.05). [nats]"""
+
+
+class EvaluationSection(Section):
+    """Held-out prompts (`data.heldout`) scored before, after and during training."""
+
+    every: NonNegative = 0
+    """Steps between evaluations; 0: before and after only. [steps]"""
+    prompts: NonNegative = 256
+    """Held-out prompts used, at most; 0: no evaluation. [prompts]"""
+
+
+class SFTSection(Section):
+    """Supervised fine-tuning."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over the data. [epochs]"""
+    batch_size: Positive = 32
+    """Sequences of one optimizer step over all ranks. [sequences]"""
+    microbatch_size: Positive = 32
+    """Sequences of one forward on one rank. [sequences]"""
+    learning_rate: PositiveFloat = 2e-5
+    """Peak learning rate."""
+    max_tokens: Positive = 1024
+    """Longest prompt + answer; a longer one is counted, listed and left out. [tokens]"""
+    warmup_steps: NonNegative = 0
+    """Linear warm-up. [optimizer steps]"""
+
+
+class RewardTrainingSection(SFTSection):
+    """Bradley-Terry training of a reward model."""
+
+    groups_per_step: Positive = 8
+    """Ranked data only: prompts of one optimizer step. [groups]"""
+    steps: Positive | None = None
+    """Ranked data only: optimizer steps; all groups once when left out. [steps]"""
+    center_coef: NonNegativeFloat = 0.0
+    """Weight of the squared sum of a pair's scores (TRL's `center_rewards_coefficient`)."""
+
+
+class BaseModelSection(Section):
+    """The model that is fine-tuned."""
+
+    base: str
+    """Local folder or hub name."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of training."""
+
+
+class TrainerSection(Section):
+    """The Ray Train group of a preparatory stage."""
+
+    ranks: Positive = 1
+    """Ranks. [processes]"""
+    cpus_per_rank: NonNegativeFloat = 1.0
+    """Logical CPUs a rank asks of Ray. [CPUs]"""
+    gpus_per_rank: NonNegativeFloat = 0.0
+    """GPUs a rank asks of Ray. [GPUs]"""
+    threads: Positive = 2
+    """Torch threads of one rank. [threads]"""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward."""
+
+
+class Command(BaseSettings):
+    """Base of the command schemas: only how the sources are read."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, cli_avoid_json=True, cli_hide_none_type=True
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is given in code: `load` passes the TOML and the command line."""
+        return (init_settings,)
+
+
+class SFTConfig(Command):
+    """`r3hf sft`: the initial policy."""
+
+    run: RunSection
+    model: BaseModelSection
+    data: DataSection
+    sft: SFTSection = SFTSection()
+    trainer: TrainerSection = TrainerSection()
+    tracking: TrackingSection = TrackingSection()
+
+
+class RewardConfig(Command):
+    """`r3hf reward`: a reward model from preferences."""
+
+    run: RunSection
+    model: BaseModelSection
+    data: DataSection
+    reward_training: RewardTrainingSection = RewardTrainingSection()
+    trainer: TrainerSection = TrainerSection()
+    tracking: TrackingSection = TrackingSection()
+
+
+class PPOConfig(Command):
+    """`r3hf ppo`: PPO with token-level redistributed rewards."""
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    rollout: RolloutSection = RolloutSection()
+    reward: RewardSection = RewardSection()
+    ppo: PPOSection = PPOSection()
+    critic: CriticSection = CriticSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    learner: LearnerSection = LearnerSection()
+    weights: WeightsSection = WeightsSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @property
+    def responses_per_step(self) -> int:
+        """Responses of one PPO step."""
+        return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+
+    @property
+    def critic_init(self) -> Literal["sft", "reward_trunk", "reward_model"]:
+        """The critic's start after `auto` is resolved."""
+        if self.critic.init != "auto":
+            return self.critic.init
+        return "reward_trunk" if self.reward.mode == "r3hf" else "reward_model"
+
+    @property
+    def terminal_weight(self) -> float:
+        """Share of the reward that is paid at the last token: 1 - beta_c, or 1 in mode `terminal`."""
+        return 1.0 if self.reward.mode == "terminal" else 1.0 - self.reward.beta_c
+
+    @model_validator(mode="after")
+    def _cross_field_rules(self) -> "PPOConfig":
+        rollout, ppo, responses = self.rollout, self.ppo, self.responses_per_step
+        rules = [
+            (rollout.top_p == 1.0, "rollout.top_p must be 1: otherwise the behaviour logprobs are not the policy's"),
+            (
+                rollout.top_k in (-1, 0),
+                "rollout.top_k must be -1 (off): otherwise the behaviour logprobs are not the policy's",
+            ),
+            (
+                rollout.prompts_per_step % rollout.chunks_per_step == 0,
+                f"rollout.chunks_per_step ({rollout.chunks_per_step}) must divide rollout.prompts_per_step "
+                f"({rollout.prompts_per_step})",
+            ),
+            (
+                responses >= ppo.minibatches * self.learner.ranks,
+                f"ppo.minibatches ({ppo.minibatches}) x learner.ranks ({self.learner.ranks}) is more than the {responses} "
+                "responses of a step",
+            ),
+            (
+                self.weights.backend != "nccl" or (self.learner.gpus_per_rank > 0 and rollout.gpus_per_actor > 0),
+                "weights.backend = nccl needs GPUs for learner (learner.gpus_per_rank) and rollouts "
+                "(rollout.gpus_per_actor)",
+            ),
+        ]
+        broken = [sentence for holds, sentence in rules if not holds]
+        if broken:
+            raise ValueError("; ".join(broken))
+        return self
+
+
+C = TypeVar("C", bound=Command)
+
+
+def load(schema: type[C], path: Path, overrides: list[str]) -> C:
+    """Read a TOML file and put dotted command-line overrides (`--ppo.steps 3`) over it.
+
+    Raises:
+        ConfigError: a missing or unreadable file, an unknown field, a wrong type, or a broken rule between fields;
+            one line per problem, `file: section.field: what`.
+    """
+    try:
+        return schema(_cli_settings_source=_command_line(schema, overrides), **_read_toml(path))  # type: ignore[call-arg]
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'settings'}: {_sentence(e)}" for e in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+    except SettingsError as error:
+        raise ConfigError(
+            f"command line: {' '.join(str(error).split())} (r3hf COMMAND --help lists every field)"
+        ) from None
+
+
+def print_fields(schema: type[Command], program: str) -> None:
+    """Print every field of a command with its type, default and meaning."""
+    _command_line(schema, [], program).root_parser.print_help()
+
+
+def _command_line(schema: type[Command], overrides: list[str], program: str = "r3hf") -> Any:
+    return CliSettingsSource(schema, cli_parse_args=overrides, cli_exit_on_error=False, cli_prog_name=program)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; name a TOML file, as in jobs/") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
+
+
+def _sentence(error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        return "no such field; check the spelling (r3hf COMMAND --help lists every field)"
+    if error["type"] == "missing":
+        return "must be set"
+    message = error["msg"].removeprefix("Value error, ")
+    return message if error["type"] == "value_error" else f"{message}; got {error['input']!r}"

@@ -1,0 +1,351 @@
+"""The driver of a PPO run: start the actors, follow the coordinator, write and show what happens (layer 4).
+
+The learner group runs in a thread (`TorchTrainer.fit()` blocks). Only this process writes `metrics.jsonl` and
+`events.jsonl` and talks to wandb. No tensor passes through here.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from rich.console import Console
+from rich.table import Table
+
+from r3hf_ray.actors.coordinator import Coordinator, Snapshot
+from r3hf_ray.actors.learner import LearnerSettings, train_loop
+from r3hf_ray.actors.pipeline import RunFailed, sentence_of
+from r3hf_ray.actors.reward import RewardActor
+from r3hf_ray.actors.rollout import EngineSettings, RolloutActor
+from r3hf_ray.actors.weight_store import WeightStore
+from r3hf_ray.config import PPOConfig
+from r3hf_ray.models.scoring import ScoringSettings
+from r3hf_ray.plan import arithmetic
+from r3hf_ray.preflight import Plan, check, check_resources
+from r3hf_ray.tracking.metrics import STEP, JsonlLog, read_metrics
+from r3hf_ray.tracking.progress import Progress
+from r3hf_ray.tracking.provenance import redacted, versions
+from r3hf_ray.tracking.report import write_report
+from r3hf_ray.tracking.run_folder import open_run
+from r3hf_ray.tracking.samples import read_samples, sample_steps, write_samples
+from r3hf_ray.tracking.wandb_run import WandbRun
+
+POLL_SECONDS = 0.25
+QUIET_ENVIRONMENT = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """A finished run."""
+
+    folder: Path
+    report: Path
+    rows: list[dict[str, float]]
+    """One row a step, evaluations merged in."""
+    seconds: float
+
+
+@contextmanager
+def ray_session(cpus: float | None) -> Iterator[None]:
+    """Join the cluster that RAY_ADDRESS names (inside `ray job submit` it does), or start a Ray instance for this command.
+
+    An instance that is already initialised is used as it is, so several stages can share one.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # 2 s by default: each save would wait for a poll
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    }.items():
+        os.environ.setdefault(name, value)
+    joined = "RAY_ADDRESS" in os.environ
+    options: dict[str, Any] = {} if joined else {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_ppo(config: PPOConfig, *, resume: bool, console: Console) -> RunResult:
+    """Run PPO from a checked configuration to a folder with metrics, checkpoints, a model and a report.
+
+    Raises:
+        ConfigError: found before any actor started.
+        RunFailed: the run could not go on; what was done stays in its folder, and `resume` continues it.
+    """
+    start = time.monotonic()
+    plan = check(config)
+    config = _with_absolute_models(config)
+    with ray_session(config.run.cpus):
+        check_resources(config, ray.cluster_resources())
+        folder, _ = open_run(config, config.run, resume=resume)
+        _print_plan(console, config, plan)
+        with _Follower(config, plan, folder, console) as follower:
+            follower.follow()
+    report = write_report(folder)
+    return RunResult(folder=folder, report=report, rows=read_metrics(folder), seconds=time.monotonic() - start)
+
+
+@dataclass(slots=True)
+class _Actors:
+    """Handles of everything a run starts, the learner group apart."""
+
+    coordinator: Any
+    store: Any
+    rollouts: list[Any]
+    rewards: list[Any]
+    starting: dict[Any, str] = field(default_factory=dict)
+    """Ref of a ping -> the actor's name, until it has answered."""
+
+
+class _Follower:
+    """Starts a run, polls its coordinator, and writes and shows what it says."""
+
+    def __init__(self, config: PPOConfig, plan: Plan, folder: Path, console: Console) -> None:
+        self._config, self._plan, self._folder, self._console = config, plan, folder, console
+        self._namespace = f"{config.run.name}-{os.urandom(4).hex()}"
+        self._rows_seen = self._events_seen = 0
+        self._latest: dict[str, float] = {}
+        self._tables = set(sample_steps(folder))
+        self._learner_error: list[Exception] = []
+
+    def __enter__(self) -> "_Follower":
+        config, folder = self._config, self._folder
+        self._metrics, self._events = JsonlLog(folder / "metrics.jsonl"), JsonlLog(folder / "events.jsonl")
+        self._progress = Progress(self._console)
+        settings = redacted(config.model_dump(mode="json"))
+        self._wandb = WandbRun(folder, config.tracking, name=config.run.name, config=settings, warn=self._warn)
+        self._events.write({"event": "settings", "versions": versions(), "data": str(self._plan.report)})
+        for warning in self._plan.warnings:
+            self._warn(warning)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is not None:
+            self._events.write({"event": "failure", "reason": str(error) or kind.__name__})
+        self._wandb.finish(failed=kind is not None)
+        self._metrics.close()
+        self._events.close()
+
+    def follow(self) -> None:
+        """Run to the end."""
+        with self._progress:
+            actors = self._start()
+            learner = threading.Thread(target=self._fit, daemon=True, name="learner-fit")
+            learner.start()
+            while learner.is_alive():
+                learner.join(POLL_SECONDS)
+                self._watch_start(actors)
+                self._take(self._poll(actors))
+            self._finish(actors)
+
+    def _start(self) -> _Actors:
+        config, plan = self._config, self._plan
+        engine, scoring = _engine_settings(config, plan), _scoring_settings(config, plan)
+        self._prompts = ray.put(plan.prompts)  # kept: a rollout actor that restarts reads it again
+        rollouts = [
+            ray.remote(RolloutActor)
+            .options(
+                num_cpus=config.rollout.cpus_per_actor,
+                num_gpus=config.rollout.gpus_per_actor,
+                max_restarts=-1,
+                max_task_retries=0,  # a repeated generate after a restart would sample from the wrong weights
+                runtime_env={"env_vars": QUIET_ENVIRONMENT | engine.environment()},
+            )
+            .remote(engine, [self._prompts])
+            for _ in range(config.rollout.actors)
+        ]
+        rewards = [
+            ray.remote(RewardActor)
+            .options(
+                num_cpus=config.reward.cpus_per_actor,
+                num_gpus=config.reward.gpus_per_actor,
+                max_restarts=-1,
+                max_task_retries=2,  # scoring is deterministic, so Ray may repeat it
+                runtime_env={"env_vars": QUIET_ENVIRONMENT | {"OMP_NUM_THREADS": str(config.reward.threads)}},
+            )
+            .remote(scoring, threads=config.reward.threads)
+            for _ in range(config.reward.actors)
+        ]
+        names = {"namespace": self._namespace, "num_cpus": 0}
+        store = ray.remote(WeightStore).options(name="weight_store", **names).remote()
+        coordinator = (
+            ray.remote(Coordinator)
+            .options(name="coordinator", **names)
+            .remote(config, rollouts, rewards, train_rows=plan.train_rows, heldout_rows=plan.heldout_rows)
+        )
+        actors = _Actors(coordinator, store, rollouts, rewards)
+        actors.starting = {actor.ping.remote(): f"rollout {i}" for i, actor in enumerate(rollouts)}
+        actors.starting |= {actor.ping.remote(): f"reward {i}" for i, actor in enumerate(rewards)}
+        return actors
+
+    def _fit(self) -> None:
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        config, learner = self._config, self._config.learner
+        on_gpu = learner.gpus_per_rank > 0
+        environment = QUIET_ENVIRONMENT | {"OMP_NUM_THREADS": str(learner.threads)}
+        trainer = TorchTrainer(
+            train_loop,
+            train_loop_config={
+                "learner": LearnerSettings(
+                    config=config,
+                    run_folder=self._folder,
+                    namespace=self._namespace,
+                    probe_ids=self._plan.probe_ids,
+                    write_samples=write_samples,
+                )
+            },
+            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=learner.ranks,
+                use_gpu=on_gpu,
+                resources_per_worker={"CPU": learner.cpus_per_rank}
+                | ({"GPU": learner.gpus_per_rank} if on_gpu else {}),
+            ),
+            run_config=RunConfig(
+                name="checkpoints",
+                storage_path=str(self._folder),
+                failure_config=FailureConfig(max_failures=learner.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=learner.keep_checkpoints),
+                worker_runtime_env={"env_vars": environment},
+            ),
+        )
+        try:
+            trainer.fit()
+        except (TrainingFailedError, RayError) as error:
+            self._learner_error.append(error)
+
+    def _watch_start(self, actors: _Actors) -> None:
+        """Say what has not come up yet, and end the run if it never will."""
+        if not actors.starting:
+            return
+        ready, _ = ray.wait(list(actors.starting), num_returns=len(actors.starting), timeout=0)
+        for ref in ready:
+            name = actors.starting.pop(ref)
+            try:
+                ray.get(ref)
+            except RayError as error:
+                raise RunFailed(f"{name} could not start: {sentence_of(error)}") from error
+
+    def _poll(self, actors: _Actors) -> Snapshot:
+        snapshot: Snapshot = ray.get(actors.coordinator.poll.remote(self._rows_seen, self._events_seen))
+        starting = {name: "starting: loading libraries and models" for name in actors.starting.values()}
+        if "learner" not in snapshot.stages:
+            starting["learner"] = f"starting {self._config.learner.ranks} rank(s)"
+        snapshot.stages.update(starting)
+        return snapshot
+
+    def _take(self, snapshot: Snapshot) -> None:
+        """Write and show what is new; raise if the run has failed."""
+        for event in snapshot.events:
+            self._events.write(event)
+            if event["event"] in ("restart", "failure", "recovered", "quarantined", "checkpoint"):
+                self._progress.note("  ".join(f"{key}: {value}" for key, value in event.items() if key != "time"))
+        for row in snapshot.rows:
+            plain = self._metrics.write(row)
+            self._wandb.log(plain)
+            self._latest |= plain
+            self._show(snapshot)
+        self._rows_seen += len(snapshot.rows)
+        self._events_seen += len(snapshot.events)
+        self._show(snapshot)
+        self._log_samples()
+        if snapshot.failed:
+            raise RunFailed(snapshot.failed)
+
+    def _show(self, snapshot: Snapshot) -> None:
+        self._progress.update(
+            {
+                "step": int(self._latest.get(STEP, 0)),
+                "steps": self._config.ppo.steps,
+                "metrics": self._latest,
+                "stages": snapshot.stages,
+            }
+        )
+
+    def _log_samples(self) -> None:
+        for step in sample_steps(self._folder):
+            if step not in self._tables:
+                self._tables.add(step)
+                self._wandb.log_samples(step, read_samples(self._folder, step))
+
+    def _finish(self, actors: _Actors) -> None:
+        if self._learner_error:
+            raise RunFailed(f"the learner failed: {sentence_of(self._learner_error[0])}") from self._learner_error[0]
+        waiting = actors.coordinator.finish.remote()
+        while not ray.wait([waiting], timeout=POLL_SECONDS)[0]:
+            self._take(self._poll(actors))
+        ray.get(waiting)
+        self._take(self._poll(actors))
+        self._events.write({"event": "finished", "step": int(self._latest.get(STEP, 0))})
+        for actor in (*actors.rollouts, *actors.rewards, actors.coordinator, actors.store):
+            ray.kill(actor)
+
+    def _warn(self, text: str) -> None:
+        self._events.write({"event": "warning", "reason": text})
+        self._progress.note(f"warning: {text}")
+
+
+def _engine_settings(config: PPOConfig, plan: Plan) -> EngineSettings:
+    rollout = config.rollout
+    return EngineSettings(
+        model=config.model.policy,
+        max_model_len=plan.max_model_len,
+        max_response_tokens=rollout.max_response_tokens,
+        temperature=rollout.temperature,
+        eos_ids=plan.eos_ids,
+        dtype=rollout.dtype,
+        threads=rollout.threads,
+        kv_cache_gb=rollout.kv_cache_gb,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        on_gpu=rollout.gpus_per_actor > 0,
+        extra=rollout.engine_args,
+    )
+
+
+def _scoring_settings(config: PPOConfig, plan: Plan) -> ScoringSettings:
+    reward = config.reward
+    return ScoringSettings(
+        reward_model=config.model.reward_model,
+        reference=config.model.reference or config.model.policy,
+        temperature=config.rollout.temperature,
+        mode=reward.mode,
+        beta_c=reward.beta_c,
+        subtract_prompt_score=reward.subtract_prompt_score,
+        suffix_ids=plan.suffix_ids,
+        dtype=reward.dtype,
+        microbatch_tokens=reward.microbatch_tokens,
+        gold=reward.gold,
+        device="cuda" if reward.gpus_per_actor > 0 else "cpu",
+    )
+
+
+def _with_absolute_models(config: PPOConfig) -> PPOConfig:
+    """Actors run in another working directory; a hub name stays as it is."""
+    sources = {
+        name: str(Path(source).resolve()) if Path(source).exists() else source
+        for name, source in config.model.model_dump(exclude_none=True).items()
+    }
+    return config.model_copy(update={"model": config.model.model_copy(update=sources)})
+
+
+def _print_plan(console: Console, config: PPOConfig, plan: Plan) -> None:
+    table = Table.grid(padding=(0, 2))
+    for name, text in [("data", str(plan.report)), *arithmetic(config, plan.train_rows)]:
+        table.add_row(name, text)
+    console.print(table)

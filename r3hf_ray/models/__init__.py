@@ -1,0 +1,1 @@
+"""Models in one process: loading, logprobs, values, prefix scores, sharding and checkpoints (layer 2, no Ray)."""

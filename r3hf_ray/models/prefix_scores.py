@@ -1,0 +1,67 @@
+"""The score of every prefix of a response, from one forward pass of an ordinary reward model."""
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from r3hf_ray.algorithms.redistribution import PrefixScores
+from r3hf_ray.models.load import hidden_states, score_head
+
+
+@torch.no_grad()
+def prefix_scores(
+    model: PreTrainedModel,
+    token_ids: Int64[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"],
+    response_mask: Bool[Tensor, "B T"],
+    *,
+    suffix_ids: list[int],
+    finished: Bool[Tensor, "B"],
+) -> PrefixScores:
+    """``R(x, y_<=t)`` for all t, ``R(x, empty)`` and ``R(x, y)`` (arXiv 2411.08302, section 4; causal models only).
+
+    The pooling position is a row's last token (the suffix included), counted from ``attention_mask`` and never searched
+    for by pad id: with ``pad == eos`` transformers would pool one token early.
+
+    Args:
+        model: reward model from `load.load_reward_model`, its head in float32.
+        token_ids: prompt + response, right-padded.
+        attention_mask: True on prompt and response.
+        response_mask: True on sampled tokens.
+        suffix_ids: template tokens that followed EOS when the reward model was trained (often one, a newline).
+        finished: rows that ended with EOS; only they get the suffix.
+    """
+    lengths = attention_mask.sum(1)
+    ids, mask = _with_suffix(token_ids, attention_mask, suffix_ids, finished)
+    head = score_head(model)
+    scores = head(hidden_states(model, ids, mask).to(head.weight.dtype))[..., 0]
+    is_prompt = attention_mask & (response_mask.cumsum(1) == 0)
+    return PrefixScores(
+        prefix=scores[:, : token_ids.shape[1]].masked_fill(~response_mask, 0.0),
+        prompt=_score_of_last(scores, is_prompt.sum(1)),
+        pooled=_score_of_last(scores, lengths + len(suffix_ids) * finished),
+    )
+
+
+def _with_suffix(
+    token_ids: Int64[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"],
+    suffix_ids: list[int],
+    finished: Bool[Tensor, "B"],
+) -> tuple[Int64[Tensor, "B S"], Bool[Tensor, "B S"]]:
+    """Put the suffix behind the last token of finished rows, on what was padding."""
+    if not suffix_ids or not finished.any():
+        return token_ids, attention_mask
+    ids, mask = F.pad(token_ids, (0, len(suffix_ids))), F.pad(attention_mask, (0, len(suffix_ids)))
+    rows = finished.nonzero()
+    columns = attention_mask.sum(1)[finished][:, None] + torch.arange(len(suffix_ids), device=ids.device)
+    ids[rows, columns] = torch.tensor(suffix_ids, device=ids.device)
+    mask[rows, columns] = True
+    return ids, mask
+
+
+def _score_of_last(scores: Float[Tensor, "B S"], count: Int64[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """The score at the last of each row's first ``count`` tokens."""
+    return scores.gather(1, (count - 1)[:, None])[:, 0]

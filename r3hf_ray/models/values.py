@@ -1,0 +1,91 @@
+"""The critic: a trunk with a scalar head, and the values of the states between tokens."""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from r3hf_ray.models.load import hidden_states, load_policy, load_reward_model, score_head
+
+
+class Critic(nn.Module):
+    """``value = (head(hidden) - mean) / scale``, the head in float32 whatever the trunk's data type.
+
+    ``mean`` and ``scale`` bring a head that was trained as a reward model's to the units of the scaled reward; they are
+    buffers, so that a checkpoint holds them.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, trunk: PreTrainedModel, *, mean: float = 0.0, scale: float = 1.0) -> None:
+        """A critic with a zero head, whose first values are ``-mean / scale``.
+
+        Raises:
+            ValueError: ``scale`` is not positive.
+        """
+        super().__init__()
+        if not scale > 0.0:
+            raise ValueError(f"a critic's scale must be positive, got {scale}")
+        self.trunk = trunk
+        self.head = nn.Linear(trunk.config.get_text_config().hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def forward(self, token_ids: Int64[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """The value of the state *after* each token; `state_values` shifts it."""
+        hidden = hidden_states(self.trunk, token_ids, attention_mask)
+        return (self.head(hidden.float())[..., 0] - self.mean) / self.scale
+
+
+def state_values(
+    critic: nn.Module,
+    token_ids: Int64[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"],
+    response_mask: Bool[Tensor, "B T"],
+) -> Float[Tensor, "B T"]:
+    """``V(s_t)``, the state before token t, that is the critic at position t - 1; 0 outside ``response_mask``."""
+    after = critic(token_ids, attention_mask)
+    before = torch.cat([torch.zeros_like(after[:, :1]), after[:, :-1]], dim=1)
+    return before.masked_fill(~response_mask, 0.0)
+
+
+def critic_from_policy(source: str | Path, dtype: torch.dtype) -> Critic:
+    """The policy's trunk with a zero head.
+
+    Raises:
+        ModelError: the policy cannot be loaded.
+    """
+    return Critic(load_policy(source, dtype).base_model).eval()
+
+
+def critic_from_reward_model(
+    source: str | Path, dtype: torch.dtype, *, keep_head: bool, mean: float, scale: float
+) -> Critic:
+    """The reward model's trunk with a zero head, or with its score head.
+
+    Args:
+        source: reward model folder or hub name.
+        dtype: of the trunk.
+        keep_head: start from the score head, so that values are the normalised prefix scores ``(R - mean) / scale``.
+            Without it values start at 0, and ``mean`` and ``scale`` have no use.
+        mean: mean of the sequence reward under the initial policy.
+        scale: its standard deviation, > 0.
+
+    Raises:
+        ModelError: the reward model cannot be loaded.
+        ValueError: ``keep_head`` and ``scale`` is not positive.
+    """
+    model = load_reward_model(source, dtype)
+    if not keep_head:
+        return Critic(model.base_model).eval()
+    critic, head = Critic(model.base_model, mean=mean, scale=scale), score_head(model)
+    with torch.no_grad():
+        critic.head.weight.copy_(head.weight)
+        if head.bias is not None:
+            critic.head.bias.copy_(head.bias)
+    return critic.eval()

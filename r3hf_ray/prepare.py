@@ -1,0 +1,151 @@
+"""`r3hf sft` and `r3hf reward`: from a configuration to a trained model folder (layer 4).
+
+Everything that can be wrong with settings, data or the base model is found before a Ray actor starts. Ray must be
+initialised: several stages and PPO can share one instance.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r3hf_ray.actors.stages import fit_policy, fit_reward_model
+from r3hf_ray.config import RewardConfig, SFTConfig, SFTSection
+from r3hf_ray.data.chat import chat_format, save_format
+from r3hf_ray.data.loading import Loaded, Report, is_ranked, load_examples, load_groups, load_pairs
+from r3hf_ray.models.load import check_folder, load_tokenizer
+from r3hf_ray.tracking.metrics import JsonlLog, read_metrics
+from r3hf_ray.tracking.provenance import redacted, versions
+from r3hf_ray.tracking.run_folder import open_run
+from r3hf_ray.tracking.wandb_run import WandbRun
+from r3hf_ray.training.trl_settings import split_batch
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageResult:
+    """A finished stage.
+
+    Example: ``StageResult(folder=Path("runs/toy_sft"), model=Path("runs/toy_sft/model"), seconds=31.0, ...)``
+    """
+
+    folder: Path
+    model: Path
+    """A plain Hugging Face folder."""
+    metrics: dict[str, float]
+    """The last value of every metric."""
+    report: Report | None
+    """What was read and left out; None when the stage had been finished before."""
+    seconds: float
+
+
+def train_sft(
+    config: SFTConfig,
+    *,
+    resume: bool = False,
+    on_row: Callable[[Row], None] = lambda row: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> StageResult:
+    """Fine-tune a base model on answers: `runs/<name>/{config.toml,metrics.jsonl,events.jsonl,model/}`.
+
+    Args:
+        config: the command's settings.
+        resume: take up an existing run folder: nothing is done if its model is there, else the stage starts again.
+        on_row: called with each row of metrics as it appears, for a display.
+        note: called with one line to show: what the data held, a tracker that failed.
+
+    Raises:
+        ConfigError: settings, data or base model cannot be used; no actor was started.
+        StageError: training failed.
+    """
+    started = time.monotonic()
+    _check(config.sft, config.trainer.ranks, config.model.base)
+    if resume and (finished := _finished(config)):
+        return finished
+    tokenizer = load_tokenizer(config.model.base)
+    data = load_examples(config.data, tokenizer, max_tokens=config.sft.max_tokens)
+    with _Records(config, data, resume=resume, on_row=on_row, note=note) as records:
+        fit_policy(
+            config, data.train, data.heldout, folder=records.folder, attempt=records.attempt, on_row=records.on_row
+        )
+    return _result(records.folder, data.report, started)
+
+
+def train_reward(
+    config: RewardConfig,
+    *,
+    resume: bool = False,
+    on_row: Callable[[Row], None] = lambda row: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> StageResult:
+    """Train a reward model on preferences; as `train_sft`, with `model/r3hf_format.json` beside the weights."""
+    started = time.monotonic()
+    section = config.reward_training
+    _check(section, config.trainer.ranks, config.model.base)
+    if resume and (finished := _finished(config)):
+        return finished
+    tokenizer = load_tokenizer(config.model.base)
+    load = load_groups if is_ranked(config.data) else load_pairs
+    data: Loaded[Any] = load(config.data, tokenizer, max_tokens=section.max_tokens)
+    with _Records(config, data, resume=resume, on_row=on_row, note=note) as records:
+        fit_reward_model(
+            config, data.train, data.heldout, folder=records.folder, attempt=records.attempt, on_row=records.on_row
+        )
+        save_format(chat_format(tokenizer), records.folder / "model")
+    return _result(records.folder, data.report, started)
+
+
+class _Records:
+    """The run's folder and trackers while a stage runs; events say what it read and how it ended."""
+
+    def __init__(
+        self,
+        config: SFTConfig | RewardConfig,
+        data: Loaded[Any],
+        *,
+        resume: bool,
+        on_row: Callable[[Row], None],
+        note: Callable[[str], None],
+    ) -> None:
+        self.folder, self.attempt = open_run(config, config.run, resume=resume)
+        settings = config.model_dump(mode="json")
+        self._show = on_row
+        self._events = JsonlLog(self.folder / "events.jsonl")
+        self._wandb = WandbRun(self.folder, config.tracking, name=config.run.name, config=redacted(settings), warn=note)
+        note(str(data.report))
+        counts = {"train": len(data.train), "heldout": len(data.heldout)}
+        self._events.write({"event": "started", "versions": versions(), "data": str(data.report), **counts})
+
+    def on_row(self, row: Row) -> None:
+        self._wandb.log(row)
+        self._show(row)
+
+    def __enter__(self) -> "_Records":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        failure = {"reason": str(error) or kind.__name__} if kind else {}
+        self._events.write({"event": "failure" if kind else "finished", **failure})
+        self._events.close()
+        self._wandb.finish(failed=kind is not None)
+
+
+def _check(section: SFTSection, ranks: int, base: str) -> None:
+    split_batch(section.batch_size, section.microbatch_size, ranks)
+    check_folder(base, "base model")
+
+
+def _finished(config: SFTConfig | RewardConfig) -> StageResult | None:
+    folder = (config.run.folder / config.run.name).resolve()
+    return _result(folder, None, time.monotonic()) if (folder / "model" / "config.json").is_file() else None
+
+
+def _result(folder: Path, report: Report | None, started: float) -> StageResult:
+    metrics: dict[str, float] = {}
+    for row in read_metrics(folder):
+        metrics.update(row)
+    return StageResult(
+        folder=folder, model=folder / "model", metrics=metrics, report=report, seconds=time.monotonic() - started
+    )

@@ -1,0 +1,158 @@
+"""How good a policy and a reward model really are, measured against the toy language's known credit."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from r3hf_ray.algorithms.credit import auc, pearson, phrase_sums
+from r3hf_ray.algorithms.redistribution import redistribute
+from r3hf_ray.models.load import load_policy, load_reward_model, load_tokenizer
+from r3hf_ray.models.prefix_scores import prefix_scores
+from r3hf_ray.toy.language import Request, gold_credit, gold_reward, phrase_ids
+from r3hf_ray.toy.sampling import Sample, sample_responses
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldSummary:
+    """Gold reward over independent responses.
+
+    Example: ``str(GoldSummary(mean=0.8, sem=0.096, std=2.18, responses=512))`` is ``0.80+-0.10``
+    """
+
+    mean: float
+    sem: float
+    """Standard error of the mean."""
+    std: float
+    responses: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}+-{self.sem:.2f}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreditQuality:
+    """Agreement of token rewards with known credit; 0.5 is chance for the areas under the curve.
+
+    Tokens (phrases) whose credit is positive against those whose credit is negative, pooled over responses;
+    correlations are means over responses.
+    """
+
+    token_auc: float
+    phrase_auc: float
+    """The one to judge by: credit often lands a token early or late."""
+    token_pearson: float
+    phrase_pearson: float
+    score_pearson: float
+    """Between the sequence score and the gold reward, over responses."""
+    responses: int
+
+
+def summarize_gold(golds: Sequence[float]) -> GoldSummary:
+    """Mean, its standard error and spread of at least two gold rewards."""
+    std = float(np.std(golds, ddof=1))
+    return GoldSummary(mean=float(np.mean(golds)), sem=std / math.sqrt(len(golds)), std=std, responses=len(golds))
+
+
+def policy_gold(
+    policy_folder: Path, requests: Sequence[Request], *, max_response_tokens: int = 48, seed: int = 0
+) -> GoldSummary:
+    """Gold reward of one response of a policy to each request (the held-out prompts)."""
+    tokenizer = load_tokenizer(policy_folder)
+    policy = load_policy(policy_folder, torch.float32)
+    samples = sample_responses(policy, tokenizer, requests, max_response_tokens=max_response_tokens, seed=seed)
+    texts = tokenizer.batch_decode([sample.response_ids for sample in samples])
+    golds = [
+        gold_reward(request.text, text, max_response_tokens=max_response_tokens)
+        for request, text in zip(requests, texts, strict=True)
+    ]
+    return summarize_gold(golds)
+
+
+def reward_model_credit(
+    reward_model_folder: Path,
+    policy_folder: Path,
+    requests: Sequence[Request],
+    *,
+    mode: str = "r3hf",
+    max_response_tokens: int = 48,
+    seed: int = 0,
+) -> CreditQuality:
+    """Credit quality of a reward model's token rewards on samples of a policy, one to each request."""
+    tokenizer = load_tokenizer(policy_folder)
+    policy = load_policy(policy_folder, torch.float32)
+    reward_model = load_reward_model(reward_model_folder, torch.float32)
+    samples = sample_responses(policy, tokenizer, requests, max_response_tokens=max_response_tokens, seed=seed)
+    rewards, scores = token_rewards(reward_model, tokenizer, samples, mode=mode)
+    return credit_quality(rewards, scores, samples, tokenizer, max_response_tokens=max_response_tokens)
+
+
+@torch.inference_mode()
+def token_rewards(
+    reward_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    *,
+    mode: str = "r3hf",
+    batch_size: int = 256,
+) -> tuple[list[np.ndarray], Float64[np.ndarray, "N"]]:
+    """Rewards of each response's tokens (ragged, float64), and the score of each response."""
+    rewards: list[np.ndarray] = []
+    scores: list[float] = []
+    for first in range(0, len(samples), batch_size):
+        batch = samples[first : first + batch_size]
+        rows = [sample.prompt_ids + sample.response_ids for sample in batch]
+        width = max(map(len, rows))
+        token_ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+        positions = torch.arange(width)
+        attention_mask = positions < torch.tensor([len(row) for row in rows])[:, None]
+        prompt_lengths = torch.tensor([len(sample.prompt_ids) for sample in batch])
+        response_mask = attention_mask & (positions >= prompt_lengths[:, None])
+        finished = torch.tensor([row[-1] == tokenizer.eos_token_id for row in rows])
+        given = prefix_scores(reward_model, token_ids, attention_mask, response_mask, suffix_ids=[], finished=finished)
+        paid = redistribute(given, response_mask, mode=mode, beta_c=1.0, subtract_prompt_score=True)
+        rewards += [row[mask].double().numpy() for row, mask in zip(paid, response_mask, strict=True)]
+        scores += given.pooled.tolist()
+    return rewards, np.array(scores)
+
+
+def credit_quality(
+    rewards: Sequence[np.ndarray],
+    scores: Float64[np.ndarray, "N"],
+    samples: Sequence[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_response_tokens: int = 48,
+) -> CreditQuality:
+    """Compare token rewards (ragged, as from `token_rewards`) with the known credit, by token and summed by phrase."""
+    texts = tokenizer.batch_decode([sample.response_ids for sample in samples])
+    golds = [
+        np.array(gold_credit(sample.request.text, text, max_response_tokens=max_response_tokens))
+        for sample, text in zip(samples, texts, strict=True)
+    ]
+    phrases = [np.array(phrase_ids(text)) for text in texts]
+    by_phrase = [phrase_sums(reward, ids) for reward, ids in zip(rewards, phrases, strict=True)]
+    gold_by_phrase = [phrase_sums(gold, ids) for gold, ids in zip(golds, phrases, strict=True)]
+    return CreditQuality(
+        token_auc=_pooled_auc(rewards, golds),
+        phrase_auc=_pooled_auc(by_phrase, gold_by_phrase),
+        token_pearson=_mean_pearson(rewards, golds),
+        phrase_pearson=_mean_pearson(by_phrase, gold_by_phrase),
+        score_pearson=pearson(scores, np.array([gold.sum() for gold in golds])),
+        responses=len(samples),
+    )
+
+
+def _pooled_auc(rewards: Sequence[np.ndarray], golds: Sequence[np.ndarray]) -> float:
+    reward, gold = np.concatenate(rewards), np.concatenate(golds)
+    judged = np.abs(gold) > 1e-9
+    return auc(reward[judged], gold[judged] > 0)
+
+
+def _mean_pearson(rewards: Sequence[np.ndarray], golds: Sequence[np.ndarray]) -> float:
+    return float(np.nanmean([pearson(reward, gold) for reward, gold in zip(rewards, golds, strict=True)]))

@@ -1,0 +1,215 @@
+"""The records of a run, `metrics.jsonl` and `events.jsonl`, and what every metric means.
+
+The JSON lines are the source of truth; wandb, the display and the report only show them.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+STEP = "train/global_step"
+ATTEMPT = "attempt"
+TIME = "time"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What one metric is.
+
+    Example: ``Metric("nats a response", "KL from the reference, ...")``
+    """
+
+    unit: str
+    """Unit of the value; empty for a pure number."""
+    meaning: str
+    """One sentence for a reader who has not seen the code."""
+
+
+METRICS: dict[str, Metric] = {
+    "reward/score/mean": Metric("score", "Reward model's score of a response, R(x, y): mean over the batch."),
+    "reward/score/std": Metric("score", "Spread of the reward model's score over the batch."),
+    "reward/score/min": Metric("score", "Lowest score of the batch."),
+    "reward/score/max": Metric("score", "Highest score of the batch."),
+    "reward/total/mean": Metric("scaled reward", "What PPO maximises: a response's scaled reward minus the KL price."),
+    "reward/gold/mean": Metric("gold", "An independent judge's score of the training batch; never trained on."),
+    "r3hf/token_reward/mean": Metric("scaled reward", "Mean reward of one response token."),
+    "r3hf/token_reward/std": Metric("scaled reward", "Spread of the reward over response tokens."),
+    "r3hf/token_reward/absmax": Metric("scaled reward", "Largest absolute reward of one token."),
+    "r3hf/telescoping_error/max": Metric("relative", "Gap between summed token rewards and the sequence reward."),
+    "r3hf/empty_prefix_score/mean": Metric("score", "Score of the prompt alone, R(x, empty), subtracted at token 1."),
+    "r3hf/last_token_mass": Metric("share", "Part of all absolute reward on the last token; 1 is the sparse baseline."),
+    "r3hf/position_corr": Metric("correlation", "Correlation of a token's reward with its position in the response."),
+    "policy/loss": Metric("", "Clipped policy loss a token."),
+    "policy/clipfrac": Metric("share", "Tokens whose probability ratio left the clip range."),
+    "policy/approx_kl": Metric("nats a token", "Estimated KL between the policy before and after the update."),
+    "policy/entropy": Metric("nats a token", "Entropy of the policy's next-token distribution."),
+    "policy/ratio/mean": Metric("", "Mean probability ratio, new to old; near 1."),
+    "policy/ratio/max": Metric("", "Largest probability ratio of a token."),
+    "policy/grad_norm": Metric("", "Norm of the policy's gradient before clipping."),
+    "policy/lr": Metric("", "Learning rate of the policy."),
+    "critic/loss": Metric("", "Clipped value loss a token."),
+    "critic/clipfrac": Metric("share", "Tokens whose value change was clipped."),
+    "critic/explained_var": Metric("share", "Part of the returns' variance the critic predicts; 1 is perfect."),
+    "critic/grad_norm": Metric("", "Norm of the critic's gradient before clipping."),
+    "critic/values/mean": Metric("scaled reward", "Mean predicted value of a state."),
+    "critic/returns/mean": Metric("scaled reward", "Mean return the critic is trained on."),
+    "critic/advantages/mean": Metric("scaled reward", "Mean advantage before whitening."),
+    "critic/advantages/std": Metric("scaled reward", "Spread of advantages before whitening."),
+    "kl/ref/mean": Metric("nats a response", "How far the policy has moved from the frozen reference."),
+    "kl/coef": Metric("scaled reward a nat", "Price of one nat of KL inside the reward."),
+    "kl/sampler/mean": Metric("nats a token", "KL between the learner's and the sampler's view of the same tokens."),
+    "kl/sampler/logp_absdiff_mean": Metric("nats", "Mean absolute gap of a token's logprob, learner against sampler."),
+    "kl/sampler/logp_absdiff_max": Metric("nats", "Largest such gap in the batch."),
+    "kl/is_weight/mean": Metric("", "Mean truncated importance weight, learner against sampler."),
+    "kl/is_weight/max": Metric("", "Largest truncated importance weight."),
+    "rollout/response_length/mean": Metric("tokens", "Mean length of a response, EOS included."),
+    "rollout/response_length/max": Metric("tokens", "Longest response of the batch."),
+    "rollout/prompt_length/mean": Metric("tokens", "Mean length of a prompt."),
+    "rollout/truncated_frac": Metric("share", "Responses cut at the token limit."),
+    "rollout/eos_frac": Metric("share", "Responses the policy ended itself."),
+    "rollout/failed": Metric("samples", "Samples quarantined so far after every attempt failed; never trained on."),
+    "rollout/retried": Metric("samples", "Samples made again so far after a failed attempt."),
+    "rollout/workers": Metric("actors", "Rollout actors alive."),
+    "async/staleness/mean": Metric("steps", "Weights versions between sampling a response and learning from it: mean."),
+    "async/staleness/max": Metric("steps", "The same, largest; bounded by rollout.max_lag."),
+    "sync/version": Metric("version", "Weights version the samplers proved to have loaded."),
+    "sync/seconds": Metric("s", "Time to publish and load one weights version."),
+    "sync/bytes": Metric("bytes", "Size of one weights version."),
+    "sync/probe_gap": Metric("nats", "Mean logprob gap, learner against sampler, on a fixed probe after the sync."),
+    "sync/mismatch": Metric("tensors", "Tensors whose fingerprint did not match after loading; must stay 0."),
+    "time/step": Metric("s", "One PPO step, wall clock."),
+    "time/rollout": Metric("s", "Generating the batch with vLLM."),
+    "time/reward": Metric("s", "Reward model and reference on the batch."),
+    "time/wait_rollout": Metric("s", "Learner idle, waiting for scored responses."),
+    "time/evaluate": Metric("s", "Learner: logprobs and values of the batch before the update."),
+    "time/advantage": Metric("s", "Learner: KL penalty, advantages, returns."),
+    "time/train_policy": Metric("s", "Learner: policy updates."),
+    "time/train_critic": Metric("s", "Learner: critic updates."),
+    "time/sync": Metric("s", "New weights to the samplers, proof included."),
+    "perf/tokens_per_sec": Metric("tokens/s", "Prompt and response tokens trained on, a second of wall clock."),
+    "eval/heldout/score/mean": Metric("score", "Reward model's score on held-out prompts."),
+    "eval/heldout/gold/mean": Metric("gold", "Independent judge's score on held-out prompts."),
+    "eval/heldout/gold/sem": Metric("gold", "Standard error of that mean."),
+    "eval/heldout/response_length/mean": Metric("tokens", "Mean response length on held-out prompts."),
+    "eval/heldout/eos_frac": Metric("share", "Held-out responses the policy ended itself."),
+}
+"""Every metric of a PPO run, in the order of reading; the report and the docs are made from it."""
+
+
+class JsonlLog:
+    """An append-only file of JSON objects, one a line, safe against a crash.
+
+    Each row is one write and reaches the operating system at once. A line torn by a crash is repaired when the
+    file is opened again, so rows of a resumed run never stick to it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _mend_torn_line(path)
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Append a row, with the time in unix seconds if it has none, and return the row as a reader will see it.
+
+        A number that is not finite becomes null: NaN is not JSON.
+        """
+        plain = {key: _plain(value) for key, value in ({TIME: time.time()} | dict(row)).items()}
+        self._file.write((json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        return plain
+
+    def close(self) -> None:
+        """Close the file; further writes raise ValueError."""
+        self._file.close()
+
+    def __enter__(self) -> "JsonlLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file written by `JsonlLog`; a torn last line is left out, a missing file has no rows.
+
+    Raises:
+        ValueError: a line before the last is not a JSON object; it names the file and the line.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        row = _parse(line)
+        if row is None and number < len(lines):
+            raise ValueError(f"{path}:{number}: not a JSON object; remove the line or restore the file")
+        if row is not None:
+            rows.append(row)
+    return rows
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """One row a step of `folder/metrics.jsonl`, ascending; null becomes NaN.
+
+    A restarted run does steps again: the last attempt of a step replaces earlier ones. Rows of the same attempt (a
+    training row and an evaluation row) are merged.
+    """
+    by_step: dict[int, dict[str, float]] = {}
+    for row in read_jsonl(folder / "metrics.jsonl"):
+        values = {key: math.nan if value is None else float(value) for key, value in row.items()}
+        seen = by_step.get(int(row[STEP]), {})
+        same_attempt = seen.get(ATTEMPT) == row.get(ATTEMPT)
+        by_step[int(row[STEP])] = seen | values if same_attempt else values
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def next_attempt(folder: Path) -> int:
+    """The attempt number a (re)started run writes: one more than the last in `folder/metrics.jsonl`, 0 at first."""
+    return max((int(row.get(ATTEMPT, 0)) for row in read_jsonl(folder / "metrics.jsonl")), default=-1) + 1
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _mend_torn_line(path: Path) -> None:
+    """End the file with a newline: a last line that is whole is completed, one that is torn is cut off."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    tail = content[content.rfind(b"\n") + 1 :]
+    if not tail:
+        return
+    with path.open("r+b") as file:
+        if _parse(tail) is None:
+            file.truncate(len(content) - len(tail))
+        else:
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")

@@ -1,0 +1,250 @@
+"use strict";
+// Text from models is untrusted: it enters the page through textContent only, never as HTML.
+const data = JSON.parse(document.getElementById("data").textContent);
+const root = document.documentElement;
+const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+
+function element(tag, className, text) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  return node;
+}
+
+function show(number, digits = 3) {
+  if (number === null || number === undefined) return "–";
+  return (number < 0 ? "−" : "") + Math.abs(number).toFixed(digits);
+}
+
+// ---- curves ----
+function faded(hex, alpha) {
+  const [r, g, b] = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+  return `rgba(${r},${g},${b},${alpha})`;
+}
+
+function bandTrace(line, hex) {
+  const up = line.y.map((y, i) => y + line.band[i]);
+  const down = line.y.map((y, i) => y - line.band[i]);
+  return {
+    x: [...line.x, ...line.x.slice().reverse()], y: [...up, ...down.reverse()], fill: "toself", fillcolor: faded(hex, 0.16),
+    line: { width: 0 }, mode: "lines", hoverinfo: "skip", showlegend: false,
+  };
+}
+
+function traces(chart) {
+  const hexes = [0, 1, 2, 3, 4, 5, 6].map((i) => colour(`--c${i}`));
+  const bars = chart.stacked.map((line, i) => ({
+    type: "bar", x: line.x, y: line.y, name: line.label, marker: { color: hexes[i % 7], line: { width: 0 } }, hovertemplate: "%{y:.3~g}",
+  }));
+  const onBars = bars.length > 0;
+  const lines = chart.lines.flatMap((line, i) => {
+    const hex = onBars ? [colour("--ink"), colour("--quiet")][i % 2] : hexes[i % 7];
+    const trace = {
+      x: line.x, y: line.y, name: line.label, mode: line.x.length < 16 ? "lines+markers" : "lines",
+      line: { color: hex, width: 2, dash: onBars && i ? "dot" : "solid" }, marker: { size: 6 }, hovertemplate: "%{y:.4~g}",
+    };
+    return line.band ? [bandTrace(line, hex), trace] : [trace];
+  });
+  return [...bars, ...lines];
+}
+
+function vertical(chart) {
+  const values = [...chart.lines, ...chart.stacked].flatMap((line) => line.y);
+  if (!chart.log) return values.every((y) => y === 0) ? { range: [-0.04, 1] } : { rangemode: "tozero" };
+  const decades = values.filter((y) => y > 0).map(Math.log10);
+  const range = decades.length ? [Math.floor(Math.min(...decades)) - 0.1, Math.ceil(Math.max(...decades)) + 0.1] : [-8, 0];
+  return { type: "log", exponentformat: "power", dtick: Math.ceil((range[1] - range[0]) / 6), range };
+}
+
+function layout(chart) {
+  const axis = { gridcolor: colour("--rule"), linecolor: colour("--rule"), zerolinecolor: colour("--rule"), automargin: true, nticks: 6 };
+  const many = chart.lines.length + chart.stacked.length > 1;
+  return {
+    margin: { l: 44, r: 8, t: many ? 30 : 8, b: 36 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: getComputedStyle(document.body).fontFamily, size: 11.5, color: colour("--quiet") },
+    xaxis: { ...axis, title: { text: "step", standoff: 4, font: { size: 11.5 } }, showgrid: false, zeroline: false },
+    yaxis: { ...axis, ...vertical(chart) },
+    barmode: "stack", bargap: 0.15, hovermode: "x unified", showlegend: many,
+    hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--rule"), font: { color: colour("--ink") } },
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", itemsizing: "constant", traceorder: "normal" },
+    shapes: data.marks.map((mark) => ({ type: "line", x0: mark.x, x1: mark.x, yref: "paper", y0: 0, y1: 1, line: { color: colour("--warn"), width: 1, dash: "dot" } })),
+  };
+}
+
+function drawCharts() {
+  data.charts.forEach((chart, i) => Plotly.react(`chart-${i}`, traces(chart), layout(chart), {
+    responsive: true, displayModeBar: false,
+  }));
+}
+
+// ---- coloured responses ----
+const FIELDS = { reward: "reward", value: "value", advantage: "advantage", kl: "KL (nats)", prefix_score: "prefix score", logprob: "logprob" };
+const EXPLAIN = {
+  reward: "what the token earned, in scaled reward", advantage: "how much better than expected the token turned out",
+  value: "what the critic expected before the token", kl: "how much likelier the policy made the token than the reference did, in nats",
+  prefix_score: "the reward model's score of everything up to the token",
+};
+const state = { field: "reward", order: "extremes", steps: data.dumps.length > 1 ? [0, data.dumps.length - 1] : [0] };
+
+function scaleOf(field) {
+  const sizes = data.dumps.flatMap((dump) => dump.responses.flatMap((r) => r[field])).filter((v) => v !== null).map(Math.abs).sort((a, b) => a - b);
+  return sizes[Math.floor(0.98 * (sizes.length - 1))] || 1;
+}
+
+function background(number, scale) {
+  if (!number) return "";
+  const alpha = 0.72 * Math.min(1, Math.abs(number) / scale) ** 0.8;
+  return `rgba(${colour(number > 0 ? "--earned" : "--lost")}, ${alpha.toFixed(3)})`;
+}
+
+function visible(text, id) {
+  // What a reader must see of a token: line ends, lone spaces, control characters, and tokens that decode to nothing.
+  if (text === "") return [["mark", `⟨${id}⟩`]];
+  if (/^ +$/.test(text)) return [["mark", "·".repeat(text.length)]];
+  return text.split(/(\r\n|[\u0000-\u001f\u007f]|\ufffd)/).filter((part) => part !== "").map((part) => {
+    if (part === "\n" || part === "\r\n" || part === "\r") return ["mark", "⏎\n"];
+    if (part === "\t") return ["mark", "⇥\t"];
+    if (part === "\ufffd") return ["mark", "▯"];
+    if (part.charCodeAt(0) < 32) return ["mark", String.fromCharCode(0x2400 + part.charCodeAt(0))];
+    return ["", part === "\u007f" ? "␡" : part];
+  });
+}
+
+function tokenNodes(response, scale) {
+  const holder = element("div", "tokens");
+  if (!response.text.some((text) => /\s/.test(text))) holder.classList.add("words");
+  response.text.forEach((text, i) => {
+    const node = element("span", "tok");
+    for (const [className, part] of visible(text, response.id[i])) node.append(className ? element("span", className, part) : part);
+    const number = response[state.field][i];
+    node.style.background = background(number, scale);
+    if (number < 0 && Math.abs(number) > 0.1 * scale) node.classList.add("minus");
+    node.dataset.at = i;
+    holder.append(node);
+    if (holder.classList.contains("words")) holder.append("\u200b");
+  });
+  if (response.length > response.text.length) holder.append(element("span", "mark", ` … ${response.length - response.text.length} more tokens in the samples file`));
+  return holder;
+}
+
+function svg(tag, attributes) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  return node;
+}
+
+function scorePath(response) {
+  const scores = response.prefix_score, known = scores.filter((s) => s !== null), n = Math.max(scores.length, 1);
+  const low = Math.min(0, ...known), high = Math.max(0, ...known), height = (s) => 42 - 40 * (s - low) / (high - low || 1);
+  const picture = svg("svg", { class: "path", viewBox: `0 0 ${n} 44`, preserveAspectRatio: "none", "aria-hidden": "true" });
+  picture.append(svg("line", { class: "zero", x1: 0, x2: n, y1: height(0), y2: height(0) }));
+  const steps = scores.map((s, i) => (s === null ? "" : `${i},${height(s).toFixed(2)} ${i + 1},${height(s).toFixed(2)}`)).join(" ");
+  picture.append(svg("polyline", { class: "line", points: steps }), svg("line", { class: "here", x1: -1, x2: -1, y1: 0, y2: 44 }));
+  return picture;
+}
+
+function fact(label, value, className) {
+  const node = element("span", className, `${label} `);
+  node.append(element("b", "", value));
+  return node;
+}
+
+function card(response, label, scale) {
+  const box = element("article", "response"), facts = element("div", "facts");
+  if (label) facts.append(element("b", "", label));
+  facts.append(fact("score", show(response.score, 2)));
+  if (response.gold !== null) facts.append(fact("gold", show(response.gold, 2)));
+  facts.append(fact("rewards sum", show(response.total, 2)), fact("tokens", response.length));
+  facts.append(response.finish === "eos" ? element("span", "", "ended by the policy") : element("span", "cut", "cut at the limit"));
+  facts.append(element("span", "", `prompt ${response.prompt_id}.${response.sample}`));
+  const ends = element("div", "ends"), path = scorePath(response), tokens = tokenNodes(response, scale), last = response.prefix_score.length - 1;
+  ends.append(element("span", "", `${show(response.prefix_score[0], 2)} after the first token`), element("span", "", `score after the last ${show(response.prefix_score[last], 2)}`));
+  box.append(facts, element("div", "prompt", response.prompt), tokens, path, ends);
+  const at = (i) => pointAt(response, i, tokens, path);
+  tokens.addEventListener("pointerover", (event) => { const tok = event.target.closest(".tok"); if (tok) at(Number(tok.dataset.at))(event); });
+  path.addEventListener("pointermove", (event) => {
+    const area = path.getBoundingClientRect(), i = Math.floor((event.clientX - area.left) / area.width * response.text.length);
+    if (i >= 0 && i < response.text.length) at(i)(event);
+  });
+  for (const part of [tokens, path]) part.addEventListener("pointerleave", () => unpoint(tokens, path));
+  return box;
+}
+
+function pointAt(response, i, tokens, path) {
+  return (event) => {
+    unpoint(tokens, path);
+    tokens.querySelector(`.tok[data-at="${i}"]`).classList.add("on");
+    const here = path.querySelector(".here");
+    here.setAttribute("x1", i + 0.5);
+    here.setAttribute("x2", i + 0.5);
+    const tip = document.getElementById("tip"), table = element("table");
+    for (const [field, label] of Object.entries(FIELDS)) {
+      const row = element("tr");
+      row.append(element("td", "", label), element("td", "", show(response[field][i])));
+      table.append(row);
+    }
+    const text = visible(response.text[i], response.id[i]).map(([, part]) => part.trimEnd()).join("");
+    tip.replaceChildren(element("div", "what", `“${text}”  ${i + 1} of ${response.length}, id ${response.id[i]}`), table);
+    tip.hidden = false;
+    const area = tip.getBoundingClientRect();
+    tip.style.left = `${Math.max(8, Math.min(event.clientX + 14, innerWidth - area.width - 8))}px`;
+    tip.style.top = `${event.clientY + 22 + area.height > innerHeight ? event.clientY - area.height - 14 : event.clientY + 22}px`;
+  };
+}
+
+function unpoint(tokens, path) {
+  document.getElementById("tip").hidden = true;
+  for (const node of tokens.querySelectorAll(".on")) node.classList.remove("on");
+  for (const name of ["x1", "x2"]) path.querySelector(".here").setAttribute(name, -1);
+}
+
+function ordered(responses) {
+  const best = responses.slice().sort((a, b) => (b.score ?? -Infinity) - (a.score ?? -Infinity));
+  const names = (list) => list.map((r) => [r, r === best[0] ? "best" : r === best[best.length - 1] ? "worst" : ""]);
+  if (state.order === "best") return names(best);
+  if (state.order === "worst") return names(best.slice().reverse());
+  const mixed = best.map((_, i) => (i % 2 ? best[best.length - (i + 1) / 2] : best[i / 2]));
+  return names(mixed);
+}
+
+function dumpColumn(column, scale) {
+  const dump = data.dumps[state.steps[column]], box = element("div", "dump"), head = element("div", "head");
+  const title = element("label", "", "step "), pick = element("select");
+  data.dumps.forEach((d, i) => pick.append(new Option(String(d.step), String(i), false, i === state.steps[column])));
+  pick.addEventListener("change", () => { state.steps[column] = Number(pick.value); drawDumps(); });
+  title.append(pick);
+  const scores = dump.responses.map((r) => r.score).filter((s) => s !== null);
+  const mean = scores.length ? show(scores.reduce((a, b) => a + b, 0) / scores.length, 2) : "–";
+  head.append(title, element("span", "mean", `${dump.responses.length} responses, mean score ${mean}`));
+  box.append(head, ...ordered(dump.responses).map(([response, label]) => card(response, label, scale)));
+  return box;
+}
+
+function drawDumps() {
+  const holder = document.getElementById("dumps");
+  if (!holder) return;
+  const scale = scaleOf(state.field);
+  document.getElementById("legend-low").textContent = show(-scale, 2);
+  document.getElementById("legend-high").textContent = `+${show(scale, 2)}`;
+  document.getElementById("legend-text").textContent = `${FIELDS[state.field]}: ${EXPLAIN[state.field]}. One scale for every step shown.`;
+  holder.replaceChildren(...state.steps.map((_, column) => dumpColumn(column, scale)));
+}
+
+// ---- theme ----
+const THEMES = ["auto", "light", "dark"];
+function useTheme(theme) {
+  if (theme === "auto") delete root.dataset.theme; else root.dataset.theme = theme;
+  document.getElementById("theme").textContent = `theme: ${theme}`;
+  drawCharts();
+  drawDumps();
+}
+let theme = THEMES.includes(location.hash.replace("#theme-", "")) ? location.hash.replace("#theme-", "") : "auto";
+document.getElementById("theme").addEventListener("click", () => { theme = THEMES[(THEMES.indexOf(theme) + 1) % 3]; useTheme(theme); });
+for (const id of ["field", "order"]) {
+  const pick = document.getElementById(id);
+  if (pick) pick.addEventListener("change", () => { state[id] = pick.value; drawDumps(); });
+}
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => useTheme(theme));
+addEventListener("beforeprint", () => { if (getComputedStyle(root).getPropertyValue("--paper").trim() !== "#f7f7f4") useTheme("light"); });
+addEventListener("afterprint", () => useTheme(theme));
+useTheme(theme);

@@ -1,0 +1,140 @@
+"""A capsule of a diverged minibatch: written before the step that would have spoilt the weights, replayed on CPU."""
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import r3hf_ray
+from r3hf_ray.algorithms.batching import Batch, microbatches
+from r3hf_ray.config import PPOConfig
+from r3hf_ray.models.logprobs import Policy
+from r3hf_ray.models.sharding import DTYPES, full_parameters, grad_norm, rank, shard
+from r3hf_ray.models.values import Critic
+from r3hf_ray.training.ppo_losses import LossInputs, Share, critic_share, policy_share
+
+
+class DivergenceError(RuntimeError):
+    """A loss or gradient is not finite. The weights are still those before the step; the sentence names the capsule."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """What a minibatch gives when it is run again."""
+
+    policy_loss: float
+    critic_loss: float
+    policy_grad_norm: float
+    critic_grad_norm: float
+    non_finite: list[str]
+    """Names of tensors with NaN or infinity, in the order of computation: the first is the cause."""
+
+
+def write_capsule(
+    folder: Path,
+    *,
+    config: PPOConfig,
+    policy: Policy,
+    critic: Critic,
+    inputs: LossInputs | None,
+    batch: Batch | None,
+    facts: dict[str, Any],
+) -> None:
+    """Write what reruns a minibatch. All ranks call it: parameters are gathered, rank 0 writes them.
+
+    Args:
+        folder: where; made if needed, shared by all ranks.
+        config: of the run.
+        policy: before the optimizer step.
+        critic: before the optimizer step.
+        inputs: this rank's rows of the minibatch; None if it has none.
+        batch: the same rows as they came (rewards, reference logprobs), searched but not needed to rerun.
+        facts: step, epoch, minibatch, num_tokens and whatever else helps.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if inputs is not None and batch is not None:
+        arrays = inputs.tensors() | {f"given.{field.name}": getattr(batch, field.name) for field in fields(batch)}
+        contiguous = {name: x.cpu().contiguous().clone() for name, x in arrays.items()}
+        save_file(contiguous, folder / f"batch_rank_{rank():05d}.safetensors")
+    for name, module, model in (("policy", policy, policy.model), ("critic", critic, critic.trunk)):
+        parameters = {key: value.clone() for key, value in full_parameters(module)}
+        if rank() == 0:
+            model.config.save_pretrained(folder / name)
+            save_file(parameters, folder / name / "parameters.safetensors")
+    if rank() == 0:
+        versions = {"r3hf_ray": r3hf_ray.__version__, "python": platform.python_version()}
+        content = {
+            **facts,
+            "seed": config.run.seed,
+            "versions": versions | {"torch": torch.__version__, "transformers": transformers.__version__},
+            "config": config.model_dump(mode="json"),
+        }
+        (folder / "capsule.json").write_text(json.dumps(content, indent=2))
+
+
+def replay_capsule(folder: Path) -> Replay:
+    """Run a capsule's minibatch again on CPU, forward and backward, and say which tensors are not finite.
+
+    With learner.dtype = bfloat16 this opens a process group of one rank, as FSDP2 casts within one.
+
+    Raises:
+        FileNotFoundError: the folder holds no capsule.
+    """
+    content = json.loads((folder / "capsule.json").read_text())
+    config = PPOConfig(**content["config"])
+    policy = Policy(AutoModelForCausalLM.from_config(_config(folder / "policy"), dtype=torch.float32))
+    critic = Critic(AutoModel.from_config(_config(folder / "critic"), dtype=torch.float32))
+    models: dict[str, tuple[Policy | Critic, Callable[..., Share]]] = {
+        "policy": (policy, policy_share),
+        "critic": (critic, critic_share),
+    }
+    files = {path.stem: load_file(path) for path in sorted(folder.glob("batch_rank_*.safetensors"))}
+    given = [(f"{file}: {name}", x) for file, arrays in files.items() for name, x in sorted(arrays.items())]
+    suspects = [name for name, x in given if not _finite(x)]
+    losses, norms = {}, {}
+    for name, (model, share) in models.items():
+        parameters = load_file(folder / name / "parameters.safetensors")
+        model.load_state_dict(parameters, strict=False)  # a tied lm_head is stored once
+        suspects += [f"{name} parameter: {key}" for key, x in parameters.items() if not _finite(x)]
+        keep = critic.head if name == "critic" else None
+        shard(model.eval(), None, blocks="never", dtype=DTYPES[config.learner.dtype], keep_float32=keep)
+        losses[name] = sum(_backward(model, share, arrays, config, content["num_tokens"]) for arrays in files.values())
+        norms[name] = grad_norm(model)
+        suspects += [] if _finite(torch.tensor(losses[name])) else [f"{name} loss"]
+        gradients = ((key, p.grad) for key, p in model.named_parameters() if p.grad is not None)
+        suspects += [f"{name} gradient: {key}" for key, gradient in gradients if not _finite(gradient)]
+    return Replay(
+        policy_loss=losses["policy"],
+        critic_loss=losses["critic"],
+        policy_grad_norm=norms["policy"],
+        critic_grad_norm=norms["critic"],
+        non_finite=suspects,
+    )
+
+
+def _backward(
+    model: nn.Module, share: Callable[..., Share], arrays: dict[str, Tensor], config: PPOConfig, num_tokens: int
+) -> float:
+    inputs = LossInputs(**{name: x for name, x in arrays.items() if not name.startswith("given.")})
+    total = 0.0
+    for index in microbatches(inputs.attention_mask.sum(1).tolist(), budget_tokens=config.ppo.microbatch_tokens):
+        loss, _ = share(model, inputs.rows(index), config, num_tokens)
+        loss.backward()
+        total += float(loss)
+    return total
+
+
+def _config(folder: Path) -> Any:
+    return AutoConfig.from_pretrained(folder)
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x).all())

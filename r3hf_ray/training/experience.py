@@ -1,0 +1,156 @@
+"""From a scored batch to what PPO trains on: evaluation, rewards in their units, advantages."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from r3hf_ray.algorithms.advantages import gae, kl_penalized_rewards
+from r3hf_ray.algorithms.batching import Batch, masked_filler, microbatches
+from r3hf_ray.algorithms.losses import importance_weights
+from r3hf_ray.algorithms.masking import moments, whiten
+from r3hf_ray.algorithms.redistribution import PrefixScores, missing_eos, normalize, telescoping_error
+from r3hf_ray.config import PPOConfig
+from r3hf_ray.models.sharding import all_reduce_max, all_reduce_sum
+from r3hf_ray.models.values import state_values
+from r3hf_ray.training.ppo_losses import LossInputs
+
+TELESCOPING_TOLERANCE = 1e-4
+"""Largest relative error of a response's reward sum; float32 gives 1e-7, a shift by one token 1e-2 and more."""
+
+
+class TelescopingError(RuntimeError):
+    """Token rewards do not add up to the sequence reward: they were shifted, clipped or mixed up on the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardScale:
+    """Mean and standard deviation of the sequence reward under the initial policy, in the reward model's units."""
+
+    mean: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What policy and critic say of a batch before the step. ``[B, T]``, 0 outside the response."""
+
+    logprobs: Float[Tensor, "B T"]
+    """Of the sampled tokens. [nats]"""
+    entropy: Float[Tensor, "B T"]
+    """Of the distribution each token was drawn from. [nats]"""
+    values: Float[Tensor, "B T"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience:
+    """A batch after the learner looked at it: everything that is logged, sampled or trained on. ``[B, T]``."""
+
+    batch: Batch
+    seen: Evaluation
+    rewards: Float[Tensor, "B T"]
+    """Scaled, with the missing-EOS rule, without KL."""
+    total_rewards: Float[Tensor, "B T"]
+    """`rewards` minus the KL penalty."""
+    advantages: Float[Tensor, "B T"]
+    """Before whitening."""
+    returns: Float[Tensor, "B T"]
+    importance: Float[Tensor, "B T"]
+    telescoping_error: Float[Tensor, "B"]
+
+
+@torch.no_grad()
+def evaluate(policy: nn.Module, critic: nn.Module, batch: Batch, config: PPOConfig) -> Evaluation:
+    """Run both models on the batch, in microbatches of the training's size. A collective: ranks agree on how many."""
+    groups = microbatches(batch.lengths, budget_tokens=config.ppo.microbatch_tokens)
+    count = int(all_reduce_max(torch.tensor(len(groups), device=batch.token_ids.device)))
+    logprobs, entropy, values = torch.zeros(3, *batch.token_ids.shape, device=batch.token_ids.device)
+    for number in range(count):
+        index = groups[number] if number < len(groups) else []
+        rows = batch.rows(index) if index else masked_filler(batch)
+        arrays = (rows.token_ids, rows.attention_mask, rows.response_mask)
+        chosen, spread = policy(*arrays, temperature=config.rollout.temperature, entropy=True)
+        after = state_values(critic, *arrays)
+        if index:
+            for whole, part in ((logprobs, chosen), (entropy, spread), (values, after)):
+                whole[index, : part.shape[1]] = part
+    return Evaluation(logprobs=logprobs, entropy=entropy, values=values)
+
+
+def require_telescoping(batch: Batch, config: PPOConfig) -> Float[Tensor, "B"]:
+    """The relative error of every response's reward sum. A collective, so that all ranks stop together.
+
+    Raises:
+        TelescopingError: on any rank a sum is off, or is NaN.
+    """
+    error = telescoping_error(
+        batch.token_rewards,
+        PrefixScores(prefix=batch.prefix_scores, prompt=batch.prompt_score, pooled=batch.score),
+        batch.response_mask,
+        mode=config.reward.mode,
+        beta_c=config.reward.beta_c,
+        subtract_prompt_score=config.reward.subtract_prompt_score,
+    )
+    broken = ~(error <= TELESCOPING_TOLERANCE)  # this way round, NaN is broken too
+    if all_reduce_max(broken.any().float()).item():
+        rows = broken.nonzero()[:3, 0].tolist()
+        where = ", ".join(f"prompt {int(batch.prompt_ids[i])} by {float(error[i]):.1e}" for i in rows)
+        raise TelescopingError(
+            f"token rewards do not add up to the sequence reward ({where or 'on another rank'}; tolerance "
+            f"{TELESCOPING_TOLERANCE:.0e}): do reward actors and learner have the same [reward] section?"
+        )
+    return error
+
+
+def make_experience(
+    batch: Batch, seen: Evaluation, error: Float[Tensor, "B"], config: PPOConfig, *, scale: RewardScale, kl_coef: float
+) -> Experience:
+    """Raw token rewards -> scaled -> missing-EOS rule -> KL penalty -> GAE (arXiv 2411.08302, Eq. 6 to 8).
+
+    Args:
+        batch: with rewards in the reward model's units.
+        seen: from `evaluate`.
+        error: from `require_telescoping`.
+        config: of the run.
+        scale: of the rewards.
+        kl_coef: at present, scaled reward per nat.
+    """
+    mask, reward, ppo = batch.response_mask, config.reward, config.ppo
+    rewards = normalize(
+        batch.token_rewards, mask, mean=scale.mean, scale=scale.scale, terminal_weight=config.terminal_weight
+    )
+    rewards = missing_eos(rewards, mask, batch.truncated, rule=reward.missing_eos, penalty=reward.missing_eos_penalty)
+    total = kl_penalized_rewards(rewards, seen.logprobs, batch.ref_logprobs, mask, kl_coef=kl_coef)
+    advantages, returns = gae(total, seen.values, mask, gamma=ppo.gamma, lam=ppo.gae_lambda)
+    importance = mask.to(rewards.dtype)
+    if ppo.importance_cap is not None:
+        importance = importance_weights(seen.logprobs, batch.behavior_logprobs, mask, cap=ppo.importance_cap)
+    return Experience(
+        batch=batch,
+        seen=seen,
+        rewards=rewards,
+        total_rewards=total,
+        advantages=advantages,
+        returns=returns,
+        importance=importance,
+        telescoping_error=error,
+    )
+
+
+def loss_inputs(experience: Experience, *, whiten_advantages: bool) -> LossInputs:
+    """What the losses read, advantages whitened by the moments of all ranks. A collective."""
+    batch, advantages = experience.batch, experience.advantages
+    if whiten_advantages:
+        everywhere = all_reduce_sum(moments(advantages, batch.response_mask))
+        advantages = whiten(advantages, batch.response_mask, everywhere)
+    return LossInputs(
+        token_ids=batch.token_ids,
+        attention_mask=batch.attention_mask,
+        response_mask=batch.response_mask,
+        old_logprobs=experience.seen.logprobs,
+        old_values=experience.seen.values,
+        advantages=advantages,
+        returns=experience.returns,
+        importance=experience.importance,
+    )

@@ -1,0 +1,356 @@
+"""PPO with token-level rewards on one rank of a group; the results do not depend on how many ranks there are."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import AdamW
+
+from r3hf_ray.algorithms.advantages import next_kl_coef
+from r3hf_ray.algorithms.batching import Batch, collate, microbatches
+from r3hf_ray.config import PPOConfig
+from r3hf_ray.models import checkpoint
+from r3hf_ray.models.load import eos_ids, load_policy, load_tokenizer
+from r3hf_ray.models.logprobs import Policy
+from r3hf_ray.models.sharding import (
+    DTYPES,
+    all_reduce_max,
+    all_reduce_sum,
+    checkpoint_activations,
+    full_parameters,
+    grad_norm,
+    scale_gradients,
+    shard,
+)
+from r3hf_ray.models.values import Critic, critic_from_policy, critic_from_reward_model
+from r3hf_ray.training.divergence import DivergenceError, Replay, replay_capsule, write_capsule
+from r3hf_ray.training.experience import (
+    Experience,
+    RewardScale,
+    TelescopingError,
+    evaluate,
+    loss_inputs,
+    make_experience,
+    require_telescoping,
+)
+from r3hf_ray.training.ppo_losses import LossInputs, Share, critic_share, policy_share
+from r3hf_ray.training.ppo_metrics import experience_metrics, reduce_named, token_rows
+from r3hf_ray.types import ScoredTrajectory
+
+__all__ = ["DivergenceError", "PPOLearner", "Replay", "RewardScale", "TelescopingError", "replay_capsule"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Minibatch:
+    """One optimizer step as this rank sees it."""
+
+    epoch: int
+    number: int
+    rows: list[int]
+    """This rank's rows of the batch; may be none."""
+    inputs: list[LossInputs]
+    """Microbatches, as many on every rank; the last may be fillers."""
+    num_tokens: int
+    """Response tokens over all ranks."""
+
+
+class PPOLearner:
+    """The policy, the critic and their optimizers on one rank. All ranks call every method together, but `samples`."""
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        *,
+        scale: RewardScale,
+        device: torch.device | str,
+        mesh: DeviceMesh | None,
+        capsules: Path | None = None,
+    ) -> None:
+        """Load and shard the models.
+
+        Args:
+            config: of the run.
+            scale: of the rewards; a checkpoint's replaces it.
+            device: of this rank.
+            mesh: of all ranks (`sharding.make_mesh`); None for a single rank.
+            capsules: where a `DivergenceError` leaves its capsule; ``<run folder>/divergence`` when left out.
+
+        Raises:
+            ModelError: a model cannot be used.
+        """
+        self.config, self.scale, self.device = config, scale, torch.device(device)
+        self.step = 0
+        self.kl_coef = config.ppo.kl_coef
+        self.tokenizer = load_tokenizer(config.model.policy)
+        self.policy = Policy(load_policy(config.model.policy, torch.float32)).eval().to(self.device)
+        self.critic = _load_critic(config, scale).eval().to(self.device)
+        self._shard(mesh)
+        self._policy_optimizer = _adamw(self.policy, config, config.optimizer.policy_lr)
+        self._critic_optimizer = _adamw(self.critic, config, config.optimizer.critic_lr)
+        self._optimizer_steps = 0
+        self._capsules = capsules or config.run.folder / config.run.name / "divergence"
+        self._pad_id = self.tokenizer.pad_token_id
+        if self._pad_id is None:
+            self._pad_id = eos_ids(self.tokenizer, self.policy.model.config)[0]
+        self._last: tuple[list[ScoredTrajectory], Experience] | None = None
+        self._seconds: dict[str, float] = {}
+
+    def update(self, scored: list[ScoredTrajectory], *, minibatch_of: list[list[int]]) -> dict[str, float]:
+        """One PPO step on this rank's share of a batch.
+
+        Args:
+            scored: this rank's trajectories, at least one.
+            minibatch_of: for each epoch, the minibatch of each trajectory, 0 to ppo.minibatches - 1 (from `plan`, so
+                that a minibatch's rows do not depend on the number of ranks).
+
+        Returns:
+            Metrics over all ranks, the same on each.
+
+        Raises:
+            TelescopingError: a response's token rewards do not add up.
+            DivergenceError: a loss or gradient is not finite; a capsule has been written.
+            ValueError: there is no trajectory, or `minibatch_of` does not fit.
+        """
+        if not scored or any(len(row) != len(scored) for row in minibatch_of):
+            raise ValueError(f"{len(scored)} trajectories, but minibatches for {[len(row) for row in minibatch_of]}")
+        self._seconds = dict.fromkeys(("evaluate", "advantage", "train_policy", "train_critic"), 0.0)
+        batch = collate(scored, pad_id=self._pad_id).to(self.device)
+        error = require_telescoping(batch, self.config)
+        with self._timed("evaluate"):
+            seen = evaluate(self.policy, self.critic, batch, self.config)
+        with self._timed("advantage"):
+            experience = make_experience(batch, seen, error, self.config, scale=self.scale, kl_coef=self.kl_coef)
+            inputs = loss_inputs(experience, whiten_advantages=self.config.ppo.whiten_advantages)
+        minibatches = self._minibatches(inputs, minibatch_of)
+        steps = [self._optimizer_step(minibatch, batch, inputs) for minibatch in minibatches]
+        metrics = experience_metrics(experience, step=self.step, importance=self.config.ppo.importance_cap is not None)
+        metrics |= {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        metrics["policy/ratio/max"] = max(step["policy/ratio/max"] for step in steps)
+        metrics |= {"policy/lr": steps[-1]["policy/lr"], "kl/coef": self.kl_coef} | self._slowest()
+        self._adapt_kl(metrics["kl/ref/mean"])
+        self.step += 1
+        self._last = (scored, experience)
+        return metrics
+
+    def set_scale(self, scale: RewardScale) -> None:
+        """Take the reward's scale, which samples of the first published weights have shown."""
+        self.scale = scale
+        if self.config.critic_init == "reward_model":  # its head speaks the reward model's units
+            self.critic.mean.fill_(scale.mean)
+            self.critic.scale.fill_(scale.scale)
+
+    @torch.no_grad()
+    def evaluate_probe(self, token_ids: list[int]) -> list[float]:
+        """Logprobs at temperature 1 of a fixed sequence, one a token; the first, which nothing predicts, is 0."""
+        ids = torch.tensor([token_ids], device=self.device)
+        everywhere = torch.ones_like(ids, dtype=torch.bool)
+        predicted = everywhere.clone()
+        predicted[:, 0] = False
+        return self.policy(ids, everywhere, predicted, temperature=1.0)[0].tolist()
+
+    def samples(self, count: int) -> list[dict[str, Any]]:
+        """One row a response token of this rank's first ``count`` trajectories of the last batch; `gold` is None."""
+        if self._last is None:
+            return []
+        scored, experience = self._last
+        return token_rows(scored[:count], experience, step=self.step, decode=self.tokenizer.decode)
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's parameters, whole, by their transformers names (see `sharding.full_parameters`)."""
+        return full_parameters(self.policy.model)
+
+    def save(self, folder: Path) -> None:
+        """Write a sharded checkpoint of all that training needs to go on bit by bit.
+
+        Raises:
+            CheckpointError: the folder holds one already.
+        """
+        checkpoint.save(folder, modules=self._modules(), optimizers=self._optimizers(), extra=self._progress())
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint, on any number of ranks.
+
+        Raises:
+            CheckpointError: it is incomplete or of other models.
+        """
+        extra = checkpoint.load(folder, modules=self._modules(), optimizers=self._optimizers())
+        self.step, self.kl_coef = extra["step"], extra["kl_coef"]
+        self._optimizer_steps = extra["optimizer_steps"]
+        self.scale = RewardScale(**extra["scale"])
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the policy as a folder that transformers and vLLM load as it is."""
+        checkpoint.save_pretrained(
+            self.full_parameters(),
+            folder,
+            config=self.policy.model.config,
+            generation_config=self.policy.model.generation_config,
+            tokenizer=self.tokenizer,
+            dtype=DTYPES[self.config.learner.dtype],
+        )
+
+    def _shard(self, mesh: DeviceMesh | None) -> None:
+        learner = self.config.learner
+        for module, head in ((self.policy, None), (self.critic, self.critic.head)):
+            if learner.gradient_checkpointing:
+                checkpoint_activations(module)
+            shard(module, mesh, blocks=learner.shard_blocks, dtype=DTYPES[learner.dtype], keep_float32=head)
+
+    def _minibatches(self, inputs: LossInputs, minibatch_of: list[list[int]]) -> Iterator[_Minibatch]:
+        """All optimizer steps; the ranks first agree on the tokens and the number of microbatches of each."""
+        count = self.config.ppo.minibatches
+        lengths = inputs.attention_mask.sum(1).tolist()
+        rows = [
+            [row for row, its in enumerate(assignment) if its == number]
+            for assignment in minibatch_of
+            for number in range(count)
+        ]
+        groups = [_groups(chosen, lengths, self.config.ppo.microbatch_tokens) for chosen in rows]
+        tokens = torch.stack([inputs.response_mask[chosen].sum() for chosen in rows])
+        num_tokens = all_reduce_sum(tokens).tolist()
+        forwards = all_reduce_max(torch.tensor([len(group) for group in groups], device=self.device)).tolist()
+        for index, chosen in enumerate(rows):
+            epoch, number = divmod(index, count)
+            shares = [inputs.rows(group) for group in groups[index]]
+            shares += [inputs.filler() for _ in range(forwards[index] - len(shares))]
+            total = max(num_tokens[index], 1)
+            yield _Minibatch(epoch=epoch, number=number, rows=chosen, inputs=shares, num_tokens=total)
+
+    def _optimizer_step(self, minibatch: _Minibatch, batch: Batch, inputs: LossInputs) -> dict[str, float]:
+        """Both backward passes, then both steps, so that a capsule holds both models as the losses saw them."""
+        with self._timed("train_policy"):
+            policy_sums, policy_norm = self._backward(self.policy, policy_share, minibatch)
+        with self._timed("train_critic"):
+            critic_sums, critic_norm = self._backward(self.critic, critic_share, minibatch)
+        maxima = {"policy/ratio/max": policy_sums.pop("ratio_max")}
+        sums = {f"policy/{name}": value[None] for name, value in policy_sums.items()}
+        sums |= {f"critic/{name}": value[None] for name, value in critic_sums.items()}
+        added, largest = reduce_named(sums, maxima)
+        metrics = {name: value / minibatch.num_tokens for name, (value,) in added.items()} | largest
+        metrics |= {"policy/loss": added["policy/loss"][0], "critic/loss": added["critic/loss"][0]}
+        metrics |= {"policy/grad_norm": policy_norm, "critic/grad_norm": critic_norm}
+        metrics["policy/ratio/mean"] = metrics.pop("policy/ratio")
+        self._require_finite(metrics, minibatch, batch, inputs)
+        rate = self._warmup()
+        with self._timed("train_policy"):
+            self._apply(self.policy, self._policy_optimizer, policy_norm, self.config.optimizer.policy_lr * rate)
+        with self._timed("train_critic"):
+            self._apply(self.critic, self._critic_optimizer, critic_norm, self.config.optimizer.critic_lr * rate)
+        self._optimizer_steps += 1
+        return metrics | {"policy/lr": self.config.optimizer.policy_lr * rate}
+
+    def _backward(
+        self, module: nn.Module, share: Callable[..., Share], minibatch: _Minibatch
+    ) -> tuple[dict[str, Tensor], float]:
+        """Gradients of all microbatches; sums of this rank's metrics, and the global gradient norm."""
+        sums: dict[str, Tensor] = {}
+        for inputs in minibatch.inputs:
+            loss, metrics = share(module, inputs, self.config, minibatch.num_tokens)
+            loss.backward()
+            for name, value in (metrics | {"loss": loss.detach()}).items():
+                known = sums.get(name, torch.zeros_like(value))
+                sums[name] = torch.maximum(known, value) if name == "ratio_max" else known + value
+        return sums, grad_norm(module)
+
+    def _apply(self, module: nn.Module, optimizer: AdamW, norm: float, lr: float) -> None:
+        scale_gradients(module, norm=norm, max_norm=self.config.optimizer.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _require_finite(
+        self, metrics: dict[str, float], minibatch: _Minibatch, batch: Batch, inputs: LossInputs
+    ) -> None:
+        watched = {name: value for name, value in metrics.items() if name.endswith(("/loss", "/grad_norm"))}
+        if all(math.isfinite(value) for value in watched.values()):
+            return
+        place = {"step": self.step, "epoch": minibatch.epoch, "minibatch": minibatch.number}
+        folder = self._capsules / f"step_{self.step:06d}"
+        write_capsule(
+            folder,
+            config=self.config,
+            policy=self.policy,
+            critic=self.critic,
+            inputs=inputs.rows(minibatch.rows) if minibatch.rows else None,
+            batch=batch.rows(minibatch.rows) if minibatch.rows else None,
+            facts=place | watched | {"num_tokens": minibatch.num_tokens} | self._progress(),
+        )
+        numbers = ", ".join(f"{name} {value:g}" for name, value in watched.items())
+        raise DivergenceError(
+            f"{', '.join(f'{name} {value}' for name, value in place.items())}: {numbers}; "
+            f"this optimizer step was not taken, and replay_capsule reruns it from {folder}"
+        )
+
+    def _warmup(self) -> float:
+        warmup = self.config.optimizer.warmup_steps
+        return min(1.0, (self._optimizer_steps + 1) / warmup) if warmup else 1.0
+
+    def _adapt_kl(self, kl: float) -> None:
+        ppo = self.config.ppo
+        if ppo.kl_target is not None:
+            responses = self.config.responses_per_step
+            self.kl_coef = next_kl_coef(
+                self.kl_coef, kl=kl, target=ppo.kl_target, horizon=ppo.kl_horizon, responses=responses
+            )
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "kl_coef": self.kl_coef,
+            "optimizer_steps": self._optimizer_steps,
+            "scale": asdict(self.scale),
+        }
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"policy": self.policy, "critic": self.critic}
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"policy": self._policy_optimizer, "critic": self._critic_optimizer}
+
+    def _slowest(self) -> dict[str, float]:
+        seconds = all_reduce_max(torch.tensor(list(self._seconds.values()), device=self.device)).tolist()
+        return {f"time/{name}": value for name, value in zip(self._seconds, seconds, strict=True)}
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - start
+
+
+def _load_critic(config: PPOConfig, scale: RewardScale) -> Critic:
+    if config.critic_init == "sft":
+        return critic_from_policy(config.model.policy, torch.float32)
+    return critic_from_reward_model(
+        config.model.reward_model,
+        torch.float32,
+        keep_head=config.critic_init == "reward_model",
+        mean=scale.mean,
+        scale=scale.scale,
+    )
+
+
+def _adamw(module: nn.Module, config: PPOConfig, lr: float) -> AdamW:
+    """AdamW whose state exists from the start, at step 0: to write a checkpoint of it then changes nothing."""
+    settings = config.optimizer
+    optimizer = AdamW(
+        module.parameters(), lr=lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
+    for parameter in module.parameters():
+        moment = torch.zeros_like(parameter, requires_grad=False)
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": moment, "exp_avg_sq": moment.clone()}
+    return optimizer
+
+
+def _groups(rows: list[int], lengths: list[int], budget_tokens: int) -> list[list[int]]:
+    """`microbatches` of some rows of a batch, as indices into the batch."""
+    groups = microbatches([lengths[row] for row in rows], budget_tokens=budget_tokens)
+    return [[rows[index] for index in group] for group in groups]

@@ -1,0 +1,192 @@
+"""The metrics and samples of a PPO step; metrics come from sums over ranks, so they do not depend on the split."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r3hf_ray.algorithms.masking import last_token, masked_sum, moments
+from r3hf_ray.models.sharding import all_reduce_max, all_reduce_sum
+from r3hf_ray.training.experience import Experience
+from r3hf_ray.types import ScoredTrajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Count, sum and sum of squares of something, over all ranks."""
+
+    count: float
+    total: float
+    squares: float
+
+    @property
+    def mean(self) -> float:
+        """Mean; 0 of nothing."""
+        return self.total / max(self.count, 1.0)
+
+    @property
+    def variance(self) -> float:
+        """Population variance."""
+        return max(self.squares / max(self.count, 1.0) - self.mean**2, 0.0)
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation."""
+        return self.variance**0.5
+
+
+def reduce_named(sums: dict[str, Tensor], maxima: dict[str, Tensor]) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Named vectors added, and named scalars maximised, over all ranks: one collective each."""
+    total = all_reduce_sum(torch.cat([x.double() for x in sums.values()])).split([len(x) for x in sums.values()])
+    largest = all_reduce_max(torch.stack([x.double() for x in maxima.values()])).tolist()
+    return (
+        {name: x.tolist() for name, x in zip(sums, total, strict=True)},
+        dict(zip(maxima, largest, strict=True)),
+    )
+
+
+def experience_metrics(experience: Experience, *, step: int, importance: bool) -> dict[str, float]:
+    """Everything that the data alone says. A collective.
+
+    Args:
+        experience: this rank's share.
+        step: PPO steps done before this one, which is the learner's weights version.
+        importance: whether importance weights are in use.
+    """
+    batch, mask = experience.batch, experience.batch.response_mask
+    lengths = mask.sum(1)
+    position = (mask.cumsum(1) - 1).to(experience.rewards.dtype)
+    drift = experience.seen.logprobs - batch.behavior_logprobs
+    lag = (step - batch.policy_versions).float()
+    tokens = {
+        "reward": experience.rewards,
+        "advantage": experience.advantages,
+        "return": experience.returns,
+        "value": experience.seen.values,
+        "residual": experience.returns - experience.seen.values,
+        "entropy": experience.seen.entropy,
+        "ref_kl": experience.seen.logprobs - batch.ref_logprobs,
+        "drift": drift,
+        "importance": experience.importance,
+        "position": position,
+    }
+    responses = {
+        "score": batch.score,
+        "prompt_score": batch.prompt_score,
+        "total": experience.total_rewards.sum(1),
+        "length": lengths.float(),
+        "prompt_length": (batch.attention_mask.sum(1) - lengths).float(),
+        "truncated": batch.truncated.float(),
+        "lag": lag,
+    }
+    everyone = torch.ones_like(batch.truncated)[:, None]
+    sums = {name: moments(x, mask) for name, x in tokens.items()}
+    sums |= {name: moments(x[:, None], everyone) for name, x in responses.items()}
+    size = experience.rewards.abs()
+    sums["mass"] = torch.stack([masked_sum(size, last_token(mask)), masked_sum(size, mask)])
+    sums["product"] = masked_sum(position * experience.rewards, mask)[None]
+    sums["absdrift"] = masked_sum(drift.abs(), mask)[None]
+    maxima = {
+        "score": batch.score.max(),
+        "-score": (-batch.score).max(),
+        "reward": size.max(),
+        "telescoping": experience.telescoping_error.max(),
+        "absdrift": drift.masked_fill(~mask, 0.0).abs().max(),
+        "importance": experience.importance.max(),
+        "length": lengths.max(),
+        "lag": lag.max(),
+    }
+    added, largest = reduce_named(sums, maxima)
+    of = {name: Moments(*added[name]) for name in (tokens | responses)}
+    metrics = _named(of, added, largest)
+    if importance:
+        metrics |= {"kl/is_weight/mean": of["importance"].mean, "kl/is_weight/max": largest["importance"]}
+    return metrics
+
+
+def _named(of: dict[str, Moments], added: dict[str, list[float]], largest: dict[str, float]) -> dict[str, float]:
+    at_last, everywhere = added["mass"]
+    return {
+        "reward/score/mean": of["score"].mean,
+        "reward/score/std": of["score"].std,
+        "reward/score/min": -largest["-score"],
+        "reward/score/max": largest["score"],
+        "reward/total/mean": of["total"].mean,
+        "r3hf/token_reward/mean": of["reward"].mean,
+        "r3hf/token_reward/std": of["reward"].std,
+        "r3hf/token_reward/absmax": largest["reward"],
+        "r3hf/telescoping_error/max": largest["telescoping"],
+        "r3hf/empty_prefix_score/mean": of["prompt_score"].mean,
+        "r3hf/last_token_mass": at_last / everywhere if everywhere else 0.0,
+        "r3hf/position_corr": _correlation(of["position"], of["reward"], added["product"][0]),
+        "policy/entropy": of["entropy"].mean,
+        "critic/explained_var": _explained(of["residual"], of["return"]),
+        "critic/values/mean": of["value"].mean,
+        "critic/returns/mean": of["return"].mean,
+        "critic/advantages/mean": of["advantage"].mean,
+        "critic/advantages/std": of["advantage"].std,
+        "kl/ref/mean": of["ref_kl"].total / max(of["score"].count, 1.0),
+        "kl/sampler/mean": -of["drift"].mean,
+        "kl/sampler/logp_absdiff_mean": added["absdrift"][0] / max(of["drift"].count, 1.0),
+        "kl/sampler/logp_absdiff_max": largest["absdrift"],
+        "rollout/response_length/mean": of["length"].mean,
+        "rollout/response_length/max": largest["length"],
+        "rollout/truncated_frac": of["truncated"].mean,
+        "rollout/eos_frac": 1.0 - of["truncated"].mean,
+        "rollout/prompt_length/mean": of["prompt_length"].mean,
+        "async/staleness/mean": of["lag"].mean,
+        "async/staleness/max": largest["lag"],
+    }
+
+
+def _correlation(x: Moments, y: Moments, product: float) -> float:
+    """Pearson correlation from moments; 0 where one does not vary."""
+    spread = x.std * y.std
+    return (product / max(x.count, 1.0) - x.mean * y.mean) / spread if spread > 0.0 else 0.0
+
+
+def _explained(residual: Moments, target: Moments) -> float:
+    """``1 - Var(returns - values) / Var(returns)``; 0 where the returns do not vary."""
+    return 1.0 - residual.variance / target.variance if target.variance > 0.0 else 0.0
+
+
+def token_rows(
+    scored: Sequence[ScoredTrajectory], experience: Experience, *, step: int, decode: Callable[..., Any]
+) -> list[dict[str, Any]]:
+    """One row a response token, for people: reward scaled and without KL, KL in nats, advantage before whitening.
+
+    Args:
+        scored: the first rows of the batch, as they came.
+        experience: of the batch.
+        step: written into each row.
+        decode: token ids -> text.
+    """
+    batch = experience.batch
+    columns = {
+        "reward": experience.rewards,
+        "kl": experience.seen.logprobs - batch.ref_logprobs,
+        "value": experience.seen.values,
+        "advantage": experience.advantages,
+        "prefix_score": batch.prefix_scores,
+        "logprob": experience.seen.logprobs,
+    }
+    table = {name: x[: len(scored)].tolist() for name, x in columns.items()}
+    rows = []
+    for index, item in enumerate(scored):
+        trajectory = item.trajectory
+        ids = trajectory.token_ids.tolist()
+        common = {
+            "step": step,
+            "prompt_id": trajectory.prompt_id,
+            "sample": trajectory.sample,
+            "prompt": decode(ids[: trajectory.prompt_len]),
+            "score": item.score,
+            "gold": None,
+            "finish": str(trajectory.finish),
+        }
+        for t in range(trajectory.prompt_len, len(ids)):
+            place = {"position": t - trajectory.prompt_len, "token_id": ids[t], "token": decode([ids[t]])}
+            rows.append(common | place | {name: values[index][t] for name, values in table.items()})
+    return rows

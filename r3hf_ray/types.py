@@ -1,0 +1,150 @@
+"""One type per stage of the pipeline; the type says how far the data has come (layer 0: numpy only, no torch).
+
+    Prompt --generate--> Trajectory --score--> ScoredTrajectory --collate--> Batch (algorithms/batching.py)
+
+Index convention: index ``t`` is the action that emits token ``t``. Every per-token array has the length ``T`` of
+prompt + response and is exactly 0 on the prompt. All arrays are numpy so that they are zero-copy in Ray's object store.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+
+class Finish(StrEnum):
+    """Why a response ended. A failed generation is never a trajectory, so there is no third member."""
+
+    EOS = "eos"
+    """The policy sampled an end-of-sequence token; it is the last token of ``token_ids``."""
+    LENGTH = "length"
+    """The response reached the token limit; it is terminal too (value 0 afterwards, no bootstrap)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt of the run's stream.
+
+    Example: ``Prompt(prompt_id=130, row=2, token_ids=[1, 5, 9, 3], text="<bos> cats polite <sep>")``
+    """
+
+    prompt_id: int
+    """Position in the run's prompt stream; it goes on over epochs, so it is unique in a run."""
+    row: int
+    """Row of the dataset this prompt came from."""
+    token_ids: Int32[np.ndarray, "P"]
+    """The rendered prompt (chat template applied), as the policy reads it."""
+    text: str
+    """The same, as text: for people and for gold scorers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryInfo:
+    """What the coordinator knows of a trajectory: ids and lengths, never an array."""
+
+    prompt_id: int
+    sample: int
+    attempt: int
+    policy_version: int
+    prompt_len: int
+    length: int
+    """Prompt + response, in tokens."""
+    finish: Finish
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """One sampled response.
+
+    Example: prompt ``[5, 6]``, response ``[7, 2]`` (2 is EOS) ->
+    ``token_ids=[5, 6, 7, 2], prompt_len=2, behavior_logprobs=[0, 0, -0.1, -1.3], finish=Finish.EOS``
+    """
+
+    prompt_id: int
+    sample: int
+    """Which of the prompt's samples this is, from 0."""
+    attempt: int
+    """How many times this prompt was dispatched before; never part of a seed."""
+    policy_version: int
+    """The weights version that sampled every token: 0 is the initial policy, k the policy after k steps."""
+    prompt_len: int
+    finish: Finish
+    token_ids: Int32[np.ndarray, "T"]
+    """Prompt and response, token ids exactly as sampled, EOS included."""
+    behavior_logprobs: Float32[np.ndarray, "T"]
+    """log mu(token_t | tokens_<t) at the sampling temperature, from vLLM when sampled; 0 on the prompt. [nats]"""
+
+    @property
+    def info(self) -> TrajectoryInfo:
+        """Its ids and lengths."""
+        return TrajectoryInfo(
+            prompt_id=self.prompt_id,
+            sample=self.sample,
+            attempt=self.attempt,
+            policy_version=self.policy_version,
+            prompt_len=self.prompt_len,
+            length=len(self.token_ids),
+            finish=self.finish,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredTrajectory:
+    """A trajectory with its token rewards, raw: scale and centring belong to the learner.
+
+    Example (r3hf, beta_c = 1): ``score=2.0, prompt_score=0.5, token_rewards=[0, 0, 0.4, 1.1]``; the sum is
+    ``score - prompt_score``.
+    """
+
+    trajectory: Trajectory
+    token_rewards: Float32[np.ndarray, "T"]
+    """Redistributed reward earned by each token, in the reward model's own units."""
+    prefix_scores: Float32[np.ndarray, "T"]
+    """R(x, y_<=t) on the response, 0 on the prompt; at the last token the pooled score R(x, y)."""
+    ref_logprobs: Float32[np.ndarray, "T"]
+    """log pi_ref(token_t | tokens_<t) at the sampling temperature; 0 on the prompt. [nats]"""
+    score: float
+    """R(x, y), the undistributed sequence reward at the reward model's own pooling position."""
+    prompt_score: float
+    """R(x, empty): the head at the last token of the rendered prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreInfo:
+    """Scalars of one scored trajectory, for the coordinator, evaluation and calibration."""
+
+    info: TrajectoryInfo
+    score: float
+    prompt_score: float
+    gold: float | None
+    """An independent judge's score where one is configured (`reward.gold`); never trained on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """One sample that could not be made or scored. It is retried or quarantined and counted; it is never data."""
+
+    prompt_id: int
+    sample: int
+    stage: str
+    """``generate`` or ``score``."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateReport:
+    """What the coordinator may know of a generated chunk: ids, lengths, versions, failures; never a token."""
+
+    infos: list[TrajectoryInfo]
+    failures: list[Failure]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreReport:
+    """What the coordinator may know of a scored chunk: scalars and failures; never an array."""
+
+    infos: list[ScoreInfo]
+    failures: list[Failure]
+    seconds: float

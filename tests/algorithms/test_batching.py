@@ -1,0 +1,136 @@
+from dataclasses import fields
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from r3hf_ray.algorithms.batching import collate, masked_filler, microbatches, pad_rows
+from r3hf_ray.types import Finish, ScoredTrajectory, Trajectory
+
+PER_TOKEN = ["behavior_logprobs", "ref_logprobs", "token_rewards", "prefix_scores"]
+
+
+def scored(prompt_len, response_len, seed=0, finish=Finish.EOS):
+    rng = np.random.default_rng((seed, prompt_len, response_len))
+
+    def per_token():
+        return np.concatenate([np.zeros(prompt_len), rng.normal(size=response_len)]).astype(np.float32)
+
+    trajectory = Trajectory(
+        prompt_id=100 + seed,
+        sample=seed % 3,
+        attempt=0,
+        policy_version=seed,
+        prompt_len=prompt_len,
+        finish=finish,
+        token_ids=rng.integers(1, 50, prompt_len + response_len).astype(np.int32),
+        behavior_logprobs=per_token(),
+    )
+    for array in (trajectory.token_ids, trajectory.behavior_logprobs):
+        array.setflags(write=False)  # as Ray's object store hands them out
+    return ScoredTrajectory(
+        trajectory=trajectory,
+        token_rewards=per_token(),
+        prefix_scores=per_token(),
+        ref_logprobs=per_token(),
+        score=float(rng.normal()),
+        prompt_score=float(rng.normal()),
+    )
+
+
+SHAPES = [(2, 5), (4, 1), (1, 9), (3, 3)]
+
+
+def example():
+    return [scored(p, n, seed=i, finish=Finish.LENGTH if i == 2 else Finish.EOS) for i, (p, n) in enumerate(SHAPES)]
+
+
+def test_collate_round_trip():
+    items = example()
+    batch = collate(items, pad_id=51)
+    assert batch.token_ids.shape == (4, 10)
+    assert batch.token_ids.dtype == torch.int64
+    assert batch.lengths == [7, 5, 10, 6]
+    for b, item in enumerate(items):
+        trajectory, length = item.trajectory, len(item.trajectory.token_ids)
+        np.testing.assert_array_equal(batch.token_ids[b, :length], trajectory.token_ids)
+        assert (batch.token_ids[b, length:] == 51).all()
+        positions = np.arange(10)
+        np.testing.assert_array_equal(batch.attention_mask[b], positions < length)
+        np.testing.assert_array_equal(
+            batch.response_mask[b], (positions >= trajectory.prompt_len) & (positions < length)
+        )
+        sources = [trajectory.behavior_logprobs, item.ref_logprobs, item.token_rewards, item.prefix_scores]
+        for name, source in zip(PER_TOKEN, sources, strict=True):
+            np.testing.assert_array_equal(getattr(batch, name)[b, :length], source)
+    np.testing.assert_array_equal(batch.score, np.float32([i.score for i in items]))
+    np.testing.assert_array_equal(batch.prompt_score, np.float32([i.prompt_score for i in items]))
+    assert batch.truncated.tolist() == [False, False, True, False]
+    assert batch.prompt_ids.tolist() == [100, 101, 102, 103]
+    assert batch.samples.tolist() == [0, 1, 2, 0]
+    assert batch.policy_versions.tolist() == [0, 1, 2, 3]
+
+
+def test_everything_per_token_is_exactly_zero_outside_the_response():
+    batch = collate(example(), pad_id=0)
+    for name in PER_TOKEN:
+        outside = getattr(batch, name)[~batch.response_mask]
+        assert torch.equal(outside, torch.zeros_like(outside))
+
+
+@pytest.mark.parametrize("index", [[1, 3], torch.tensor([1, 3])], ids=["list", "tensor"])
+def test_rows_are_the_collation_of_the_chosen_trajectories(index):
+    items = example()
+    chosen, direct = collate(items, pad_id=0).rows(index), collate([items[1], items[3]], pad_id=0)
+    assert chosen.token_ids.shape == (2, 6)
+    for field in fields(chosen):
+        assert torch.equal(getattr(chosen, field.name), getattr(direct, field.name)), field.name
+
+
+def test_rows_keep_the_order_asked_for_and_to_moves_every_tensor():
+    batch = collate(example(), pad_id=0)
+    assert batch.rows([3, 0, 2]).prompt_ids.tolist() == [103, 100, 102]
+    moved = batch.to("meta")
+    assert all(getattr(moved, field.name).is_meta for field in fields(moved))
+
+
+def test_padding_copies_so_that_shared_memory_is_never_written():
+    row = np.arange(3, dtype=np.float32)
+    pad_rows([row], fill=0.0)[0, 0] = 9.0
+    assert row[0] == 0.0
+
+
+def test_a_filler_is_one_short_row_with_nothing_to_learn_from():
+    batch = collate(example(), pad_id=0)
+    filler = masked_filler(batch)
+    assert filler.token_ids.tolist() == batch.token_ids[1:2, :5].tolist()
+    assert filler.attention_mask.all()
+    assert not filler.response_mask.any()
+    assert not any(getattr(filler, name).any() for name in PER_TOKEN)
+
+
+def test_the_example_of_microbatches():
+    assert microbatches([3, 9, 4, 8], budget_tokens=16) == [[1], [3, 2], [0]]
+
+
+@given(st.lists(st.integers(1, 200), max_size=60), st.integers(1, 1000))
+def test_microbatches_hold_every_row_once_within_the_budget(lengths, budget):
+    groups = microbatches(lengths, budget_tokens=budget)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        padded = len(group) * max(lengths[i] for i in group)
+        assert padded <= budget or len(group) == 1
+        assert group
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=60), st.integers(200, 1000))
+def test_microbatches_are_greedy_sorted_and_a_pure_function_of_the_lengths(lengths, budget):
+    groups = microbatches(lengths, budget_tokens=budget)
+    flat = [lengths[i] for group in groups for i in group]
+    assert flat == sorted(lengths, reverse=True)
+    assert groups == microbatches(list(lengths), budget_tokens=budget)
+    for group, following in pairwise(groups):
+        assert (len(group) + 1) * lengths[group[0]] > budget, f"{following[0]} would have fitted"

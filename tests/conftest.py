@@ -1,0 +1,133 @@
+"""Every jaxtyping annotation of r3hf_ray is enforced while the tests run. Fixtures: tiny models, groups of ranks."""
+
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is first imported, by the tests
+install_import_hook("r3hf_ray", "beartype.beartype")
+settings.register_profile("fast", deadline=None, max_examples=30)
+settings.load_profile("fast")
+
+
+class TinyModels(NamedTuple):
+    """Model folders of `tiny_models`."""
+
+    policy: Path
+    tied: Path
+    """The same shape with tied embeddings."""
+    reward: Path
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """A random two-layer Llama policy, a reward model of the same shape, and their tokenizer, as folders."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(36))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+    shape = {
+        "vocab_size": len(words),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attention_dropout": 0.3,
+    }
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    made = {
+        "policy": LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)),
+        "tied": LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)),
+        "reward": LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=1)),
+    }
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return TinyModels(folder / "policy", folder / "tied", folder / "reward")
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., list[Any]]:
+    """`run_ranks(function, *args, world=2)` calls `function(rank, *args)` in a gloo group; results in rank order.
+
+    Functions travel by value, closures too. The processes fork from a server that has torch and transformers loaded, so
+    a group takes a second and not ten, and nothing of this process's torch state comes along.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "ray.cloudpickle"])
+
+    def run(function: Callable[..., Any], *args: Any, world: int = 2) -> list[Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            pipes = [context.Pipe(duplex=False) for _ in range(world)]
+            processes = [
+                context.Process(target=_ByValue(_as_rank), args=(send, _ByValue(function), rank, world, folder, args))
+                for rank, (_, send) in enumerate(pipes)
+            ]
+            for process in processes:
+                process.start()
+            for _, send in pipes:
+                send.close()
+            try:
+                results = [receive.recv() if receive.poll(120) else (False, "no answer") for receive, _ in pipes]
+            finally:
+                for process in processes:
+                    process.kill()
+                    process.join()
+        failures = [text for worked, text in results if not worked]
+        assert not failures, failures[0]
+        return [pickle.loads(value) for _, value in results]
+
+    return run
+
+
+class _ByValue:
+    """A function that is pickled with its code: the test modules cannot be imported by name."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __reduce__(self) -> Any:
+        from ray import cloudpickle
+
+        cloudpickle.register_pickle_by_value(sys.modules[self.function.__module__])
+        return cloudpickle.loads, (cloudpickle.dumps(self.function),)
+
+
+def _as_rank(pipe: Any, function: Callable[..., Any], rank: int, world: int, folder: str, args: tuple[Any, ...]) -> None:
+    import pickle
+    import traceback
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    try:
+        pipe.send((True, pickle.dumps(function(rank, *args))))
+    except BaseException:
+        pipe.send((False, f"rank {rank}: {traceback.format_exc()}"))
+        raise
+    finally:
+        dist.destroy_process_group()

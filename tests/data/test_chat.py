@@ -1,0 +1,116 @@
+"""One rendering for all stages, and a reward model remembers its own."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from r3hf_ray.data.chat import (
+    FORMAT_FILE,
+    ChatFormat,
+    answer_ids,
+    chat_format,
+    compare_format,
+    pooling_suffix,
+    prompt_ids,
+    render_prompt,
+    save_format,
+)
+from r3hf_ray.data.records import Message, Unusable
+from r3hf_ray.data.sources import DataError
+from r3hf_ray.toy.language import make_tokenizer
+
+ASKED: list[Message] = [{"role": "user", "content": "Hi"}]
+END = 2
+
+
+def test_prompt_and_answer_are_what_the_template_renders(tokenizer: PreTrainedTokenizerFast) -> None:
+    form = chat_format(tokenizer)
+    assert (form.before, form.end, form.suffix) == ("", "<|im_end|>", "\n")
+    text = render_prompt(ASKED, tokenizer)
+    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    whole = [*ASKED, {"role": "assistant", "content": "Yes"}]
+    ids = prompt_ids(text, tokenizer) + answer_ids(" Yes\n", form, tokenizer)
+    rendered = tokenizer.apply_chat_template(whole, tokenize=False)
+    assert ids + tokenizer.encode(form.suffix) == tokenizer.encode(rendered, add_special_tokens=False)
+
+
+def test_an_answer_ends_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    form = chat_format(tokenizer)
+    ids = answer_ids("Yes<|im_end|>", form, tokenizer)
+    assert ids == answer_ids("Yes", form, tokenizer)
+    assert ids.count(END) == 1
+    assert ids[-1] == END
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "<|im_end|>"])
+def test_an_empty_answer_is_unusable(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    with pytest.raises(Unusable, match="empty answer"):
+        answer_ids(text, chat_format(tokenizer), tokenizer)
+
+
+def test_without_a_template_dialogues_are_plain(plain_tokenizer: PreTrainedTokenizerFast) -> None:
+    turns: list[Message] = [*ASKED, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "More"}]
+    text = render_prompt(turns, plain_tokenizer)
+    assert text == "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: More\n\nAssistant:"
+    ids = answer_ids("Sure", chat_format(plain_tokenizer), plain_tokenizer)
+    assert plain_tokenizer.decode(ids) == " Sure<|im_end|>"
+
+
+def test_a_template_that_ends_nothing_leaves_the_end_to_the_answer() -> None:
+    toy = make_tokenizer()
+    form = chat_format(toy)
+    assert form.end == ""
+    cut, whole = (answer_ids(text, form, toy) for text in ("um .", "um . <eos>"))
+    assert whole == [*cut, toy.eos_token_id]
+
+
+def test_a_refusing_template_makes_the_row_unusable(tokenizer: PreTrainedTokenizerFast) -> None:
+    picky = make_tokenizer()
+    picky.chat_template = "{% if messages|length > 2 %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    with pytest.raises(Unusable, match="roles must alternate"):
+        render_prompt(ASKED * 3, picky)
+
+
+def test_a_reward_model_remembers_its_format(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    save_format(chat_format(tokenizer), tmp_path)
+    record = json.loads((tmp_path / FORMAT_FILE).read_text())
+    assert record["end"] == "<|im_end|>"
+    assert record["pooling"] == "last answer token"
+    compare_format(str(tmp_path), tokenizer)
+    assert pooling_suffix(str(tmp_path), tokenizer, "auto") == []
+
+
+def test_another_format_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, plain_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    save_format(chat_format(tokenizer), tmp_path)
+    with pytest.raises(DataError, match="another prompt format.*chat_template differs"):
+        compare_format(str(tmp_path), plain_tokenizer)
+
+
+def test_a_foreign_reward_model_pools_on_its_template_suffix(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, plain_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    compare_format(str(tmp_path), tokenizer)
+    newline = tokenizer.encode("\n")
+    assert pooling_suffix(str(tmp_path), tokenizer, "auto") == newline
+    assert pooling_suffix(str(tmp_path), plain_tokenizer, "auto") == []
+    assert pooling_suffix(str(tmp_path), tokenizer, "none") == []
+    assert pooling_suffix(str(tmp_path), tokenizer, "\n\n") == newline * 2
+
+
+def test_a_broken_format_file_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / FORMAT_FILE).write_text("{}")
+    with pytest.raises(DataError, match="not a version 1 format file"):
+        compare_format(str(tmp_path), tokenizer)
+
+
+def test_space_before_the_answer_is_read_off_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    spaced = make_tokenizer()
+    spaced.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} "
+        "{{ m['content'] }} <eos>{% endif %}{% endfor %}"
+    )
+    assert chat_format(spaced) == ChatFormat(spaced.chat_template, " ", "<eos>", "")

@@ -1,0 +1,130 @@
+"""Nothing is skipped in silence: what is left out is counted and listed, what cannot be read stops the run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from r3hf_ray.config import DataSection
+from r3hf_ray.data.loading import is_ranked, load_examples, load_groups, load_pairs, load_prompts
+from r3hf_ray.data.sources import DataError
+from r3hf_ray.toy.language import make_tokenizer
+
+HH = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless_base.jsonl.gz"
+real_data = pytest.mark.skipif(not HH.exists(), reason="the real HH-RLHF sample is not beside this checkout")
+END = 2
+
+
+def pair(n: int, chosen: str = "Yes", rejected: str = "No") -> dict[str, Any]:
+    return {"prompt": f"q{n}", "chosen": chosen, "rejected": rejected}
+
+
+def section(tmp_path: Path, rows: list[dict[str, Any]], **fields: Any) -> DataSection:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataSection(source=str(path), **fields)
+
+
+def test_pairs_are_ids_with_one_end_each(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    loaded = load_pairs(section(tmp_path, [pair(1)]), tokenizer, max_tokens=100)
+    (one,) = loaded.train
+    assert tokenizer.decode(one.prompt_ids) == "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(one.chosen_ids) == "Yes<|im_end|>"
+    assert tokenizer.decode(one.rejected_ids) == "No<|im_end|>"
+    assert one.chosen_ids[-1] == END
+    assert one.as_group().sequences[1] == one.prompt_ids + one.rejected_ids
+
+
+def test_all_commands_render_the_same_prompt(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    data = section(tmp_path, [pair(1)])
+    prompt = load_prompts(data, tokenizer).train[0]
+    assert prompt.row == 1
+    assert tokenizer.decode(prompt.token_ids) == prompt.text
+    assert load_pairs(data, tokenizer, max_tokens=100).train[0].prompt_ids == prompt.token_ids
+    example = load_examples(data, tokenizer, max_tokens=100).train[0]
+    assert (example.prompt_ids, tokenizer.decode(example.answer_ids)) == (prompt.token_ids, "Yes<|im_end|>")
+
+
+def test_what_is_left_out_is_listed(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [pair(1), pair(2, chosen=" "), pair(3, rejected="x" * 100), pair(4), {**pair(5), "prompt": "y" * 60}, pair(6)]
+    loaded = load_pairs(section(tmp_path, rows, max_prompt_tokens=60), tokenizer, max_tokens=80)
+    assert loaded.report.left_out == {"empty answer": [2], "over 80 tokens": [3], "prompt over 60 tokens": [5]}
+    assert len(loaded.train) == loaded.report.used == 3
+    assert str(loaded.report).endswith(
+        "rows.jsonl: 3 of 6 rows used; left out: 1 empty answer (line 2), 1 over 80 tokens (line 3), "
+        "1 prompt over 60 tokens (line 5)"
+    )
+
+
+def test_a_long_list_is_cut_and_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [pair(0), *(pair(n, chosen="") for n in range(30))]
+    report = load_pairs(section(tmp_path, rows), tokenizer, max_tokens=80).report
+    assert "30 empty answer (lines 2, 3, 4, " in str(report)
+    assert str(report).endswith("21 and 10 more)")
+
+
+def test_skip_limit_and_heldout_count_usable_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [pair(n, chosen="" if n == 2 else "Yes") for n in range(10)]
+    data = section(tmp_path, rows, skip=1, limit=5, heldout=2)
+    loaded = load_pairs(data, tokenizer, max_tokens=100)
+    order = [tokenizer.decode(p.prompt_ids).split("<")[1][-2:] for p in [*loaded.train, *loaded.heldout]]
+    assert order == ["q1", "q3", "q4", "q5", "q6"]
+    assert (len(loaded.train), len(loaded.heldout), loaded.report.read) == (3, 2, 7)
+
+
+def test_nothing_left_is_an_error(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match=r"1 of 1 rows used; data\.skip \(0\) and data\.heldout \(1\) leave nothing"):
+        load_pairs(section(tmp_path, [pair(1)], heldout=1), tokenizer, max_tokens=100)
+    with pytest.raises(DataError, match="2 empty answer"):
+        load_pairs(section(tmp_path, [pair(1, "")] * 2), tokenizer, max_tokens=100)
+
+
+def test_an_unreadable_row_stops_with_its_line(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    data = section(tmp_path, [pair(1), {"prompt": "x", "chosen": 3, "rejected": "y"}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: is not shaped as data\.format preference"):
+        load_pairs(data, tokenizer, max_tokens=100)
+
+
+def test_ranked_groups_keep_every_preference(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"prompt": "q", "responses": ["a", "b", "c"], "pairs": [[2, 0], [2, 1]]}
+    data = section(tmp_path, [row, {**row, "pairs": []}])
+    assert is_ranked(data)
+    loaded = load_groups(data, tokenizer, max_tokens=100)
+    (group,) = loaded.train
+    assert group.pairs == [(2, 0), (2, 1)]
+    assert [tokenizer.decode(ids)[-11:] for ids in group.sequences] == [f"{letter}<|im_end|>" for letter in "abc"]
+    assert loaded.report.left_out == {"no preference stated": [2]}
+    assert tokenizer.decode(load_examples(data, tokenizer, max_tokens=100).train[0].answer_ids) == "c<|im_end|>"
+    with pytest.raises(DataError, match=r":1: is no pair"):
+        load_pairs(data, tokenizer, max_tokens=100)
+
+
+def test_pairs_are_not_ranked(tmp_path: Path) -> None:
+    assert not is_ranked(section(tmp_path, [pair(1)]))
+
+
+def test_prompts_alone_cannot_be_imitated(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match=r":1: has no answer to learn from"):
+        load_examples(section(tmp_path, [{"prompt": "q"}]), tokenizer, max_tokens=100)
+
+
+def test_answers_that_never_end_are_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": "baking no-jokes politely", "chosen": "um .", "rejected": "well ."}]
+    with pytest.raises(DataError, match="no answer ends with '<eos>'"):
+        load_examples(section(tmp_path, rows), make_tokenizer(), max_tokens=100)
+
+
+@real_data
+def test_real_pairs(plain_tokenizer: PreTrainedTokenizerFast) -> None:
+    data = DataSection(source=str(HH), max_prompt_tokens=100_000)
+    report = load_pairs(data, plain_tokenizer, max_tokens=100_000).report
+    assert report.left_out == {"no shared prompt": [662, 1030], "empty answer": [1481, 1506]}
+    assert (report.read, report.used) == (1600, 1596)
+    prompts = load_prompts(data, plain_tokenizer)
+    assert len(prompts.train) == 1598
+    assert prompts.train[0].text == (
+        "\n\nHuman: You wish you could be a robot.\n\nAssistant: Why do you say that?"
+        "\n\nHuman: Because you’re stuck being a human assistant.\n\nAssistant:"  # noqa: RUF001
+    )

@@ -1,0 +1,205 @@
+import math
+
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from r3hf_ray.models.load import load_policy
+from r3hf_ray.models.logprobs import Policy
+from r3hf_ray.models.sharding import (
+    all_reduce_max,
+    all_reduce_sum,
+    checkpoint_activations,
+    clip_grad_norm,
+    full_parameters,
+    grad_norm,
+    make_mesh,
+    shard,
+)
+from r3hf_ray.models.values import critic_from_policy
+
+
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 40, (4, 9), generator=generator)
+    attention = torch.arange(9) < torch.tensor([[9], [7], [8], [5]])
+    return ids, attention, attention & (torch.arange(9) >= 3)
+
+
+def full_gradients(policy):
+    named = ((name.replace("_checkpoint_wrapped_module.", ""), p.grad) for name, p in policy.named_parameters())
+    return {name: (x.full_tensor() if isinstance(x, DTensor) else x).numpy() for name, x in named}
+
+
+def share_of_gradients(folder, blocks, dtype, checkpointing, rank, world):
+    """Gradients of the summed logprobs, each rank giving its rows; on one rank, of all rows."""
+    policy = Policy(load_policy(folder, torch.float32)).eval()
+    if checkpointing:
+        checkpoint_activations(policy)
+    shard(policy, make_mesh(world, "cpu") if world > 1 else None, blocks=blocks, dtype=dtype)
+    mine = [x[rank::world] for x in rows()]
+    loss = policy(*mine, temperature=1.0).sum()
+    loss.backward()
+    total = float(all_reduce_sum(loss.detach().clone()))
+    return total, full_gradients(policy), clip_grad_norm(policy, 1e9)
+
+
+@pytest.mark.parametrize("model", ["policy", "tied"])
+@pytest.mark.parametrize(("blocks", "checkpointing"), [("never", False), ("always", False), ("always", True)])
+def test_gradients_of_two_ranks_add_up_to_those_of_one(tiny_models, run_ranks, model, blocks, checkpointing):
+    folder = tiny_models._asdict()[model]
+    expected, gradients, norm = share_of_gradients(folder, blocks, torch.float32, False, 0, 1)
+
+    def on_a_rank(rank):
+        return share_of_gradients(folder, blocks, torch.float32, checkpointing, rank, 2)
+
+    for total, summed, same in run_ranks(on_a_rank):
+        assert total == pytest.approx(expected, rel=1e-6)
+        assert summed.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            np.testing.assert_allclose(summed[name], gradient, rtol=1e-4, atol=1e-4)
+        assert same == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("model", ["policy", "tied"])
+def test_full_parameters_of_two_ranks_are_the_state_dict(tiny_models, run_ranks, model):
+    folder = tiny_models._asdict()[model]
+
+    def on_a_rank(rank):
+        policy = Policy(load_policy(folder, torch.float32)).eval()
+        shard(policy, make_mesh(2, "cpu"), blocks="always", dtype=torch.float32)
+        before = {name: x.numpy() for name, x in full_parameters(policy.model)}
+        with torch.no_grad():
+            policy(*rows(), temperature=1.0)  # leaves the root unsharded
+        return before, {name: x.numpy() for name, x in full_parameters(policy.model)}
+
+    expected = load_policy(folder, torch.float32).state_dict()
+    if model == "tied":
+        del expected["lm_head.weight"]
+    for answers in run_ranks(on_a_rank):
+        for parameters in answers:
+            assert parameters.keys() == expected.keys()
+            assert all(torch.equal(torch.from_numpy(parameters[name]), x) for name, x in expected.items())
+
+
+def test_full_parameters_without_a_group_copy_nothing(tiny_models):
+    model = load_policy(tiny_models.policy, torch.float32)
+    pointers = {name: x.data_ptr() for name, x in model.state_dict().items()}
+    assert {name: x.data_ptr() for name, x in full_parameters(model)} == pointers
+
+
+def test_a_rank_with_a_filler_only_changes_nothing(tiny_models, run_ranks):
+    folder = tiny_models.policy
+    _, gradients, _ = share_of_gradients(folder, "never", torch.float32, False, 0, 1)
+
+    def on_a_rank(rank):
+        policy = Policy(load_policy(folder, torch.float32)).eval()
+        shard(policy, make_mesh(2, "cpu"), blocks="never", dtype=torch.float32)
+        ids, attention, response = rows()
+        policy(ids, attention, response & (rank == 0), temperature=1.0).sum().backward()
+        norm = grad_norm(policy)
+        return norm, full_gradients(policy)
+
+    for norm, summed in run_ranks(on_a_rank):
+        assert norm > 0
+        for name, gradient in gradients.items():
+            np.testing.assert_allclose(summed[name], gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_bfloat16_computes_low_and_keeps_float32_weights(tiny_models, run_ranks, world):
+    folder = tiny_models.policy
+
+    def on_a_rank(rank):
+        critic = critic_from_policy(folder, torch.float32)
+        nn.init.ones_(critic.head.weight)
+        seen = []
+        critic.trunk.layers[0].mlp.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
+        critic.head.register_forward_hook(lambda _m, _i, out: seen.append(out.dtype))
+        mesh = make_mesh(world, "cpu")
+        shard(critic, mesh, blocks="always", dtype=torch.bfloat16, keep_float32=critic.head)
+        out = critic(*rows()[:2])
+        out.sum().backward()
+        kept = {x.dtype for p in critic.parameters() for x in (p, p.grad)}
+        return seen, out.dtype, kept
+
+    for seen, out, kept in run_ranks(on_a_rank, world=world):
+        assert seen == [torch.bfloat16, torch.float32]
+        assert out == torch.float32
+        assert kept == {torch.float32}
+
+
+def test_bfloat16_on_one_rank_without_a_group(tiny_models, run_ranks):
+    folder = tiny_models.policy
+
+    def alone(rank):
+        torch.distributed.destroy_process_group()
+        policy = Policy(load_policy(folder, torch.float32)).eval()
+        reference = policy(*rows(), temperature=1.0).detach()
+        shard(policy, None, blocks="never", dtype=torch.bfloat16)
+        low = policy(*rows(), temperature=1.0)
+        low.sum().backward()
+        return float((low - reference).abs().max()), math.isfinite(grad_norm(policy))
+
+    [(gap, finite)] = run_ranks(alone, world=1)
+    assert 1e-4 < gap < 0.3 and finite
+
+
+def test_one_float32_rank_is_not_sharded(tiny_models):
+    policy = Policy(load_policy(tiny_models.policy, torch.float32))
+    shard(policy, None, blocks="always", dtype=torch.float32)
+    assert type(policy) is Policy
+    with pytest.raises(RuntimeError, match="2 ranks"):
+        make_mesh(2, "cpu")
+
+
+def test_checkpointing_recomputes_in_eval_mode_and_keeps_names(tiny_models):
+    plain, saving = (Policy(load_policy(tiny_models.policy, torch.float32)) for _ in range(2))
+    checkpoint_activations(saving)
+    calls = []
+    for name, policy in (("plain", plain), ("saving", saving)):
+        policy.model.model.layers[0].self_attn.register_forward_hook(lambda *_, name=name: calls.append(name))
+    for policy in (plain, saving):
+        policy.eval()(*rows(), temperature=1.0).sum().backward()
+    assert calls == ["plain", "saving", "saving"]
+    assert grad_norm(plain) == grad_norm(saving)
+    assert [name for name, _ in full_parameters(plain.model)] == [name for name, _ in full_parameters(saving.model)]
+
+
+def test_clipping_equals_torch(tiny_models):
+    mine, theirs = (Policy(load_policy(tiny_models.policy, torch.float32)).eval() for _ in range(2))
+    for policy in (mine, theirs):
+        policy(*rows(), temperature=1.0).sum().backward()
+    expected = float(torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5))
+    assert clip_grad_norm(mine, 0.5) == pytest.approx(expected, rel=1e-6)
+    assert grad_norm(mine) == pytest.approx(0.5, rel=1e-5)
+    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert clip_grad_norm(mine, 10.0) == pytest.approx(0.5, rel=1e-5)
+    assert grad_norm(mine) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_shows_in_the_norm(tiny_models):
+    policy = Policy(load_policy(tiny_models.policy, torch.float32))
+    parameters = list(policy.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    parameters[3].grad.view(-1)[5] = math.nan
+    assert math.isnan(grad_norm(policy))
+    parameters[3].grad.view(-1)[5] = math.inf
+    assert math.isinf(grad_norm(policy))
+
+
+def test_reductions(run_ranks):
+    def on_a_rank(rank):
+        return (
+            all_reduce_sum(torch.tensor([1.0 + rank])).tolist(),
+            all_reduce_max(torch.tensor([1.0 + rank])).tolist(),
+        )
+
+    assert run_ranks(on_a_rank) == [([3.0], [2.0])] * 2
+    x = torch.tensor([4.0])
+    assert all_reduce_sum(x) is x and all_reduce_max(x) is x

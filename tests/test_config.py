@@ -1,0 +1,197 @@
+"""Configuration: what is read, what wins, and one sentence for each mistake."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from r3hf_ray.config import Command, ConfigError, PPOConfig, RewardConfig, SFTConfig, load, print_fields
+
+PPO = """
+[run]
+name = "a-run"
+[model]
+policy = "models/policy"
+reward_model = "models/reward"
+[data]
+source = "prompts.jsonl"
+[ppo]
+steps = 7
+"""
+TRAINER = """
+[run]
+name = "a-run"
+[model]
+base = "models/base"
+[data]
+source = "pairs.jsonl"
+"""
+
+
+def toml(folder: Path, text: str = PPO) -> Path:
+    path = folder / "job.toml"
+    path.write_text(text)
+    return path
+
+
+def problem(folder: Path, text: str = PPO, overrides: list[str] | None = None) -> str:
+    path = toml(folder, text)
+    with pytest.raises(ConfigError) as caught:
+        load(PPOConfig, path, overrides or [])
+    return str(caught.value).replace(f"{path}: ", "job.toml: ")
+
+
+def test_file_over_defaults(tmp_path: Path) -> None:
+    config = load(PPOConfig, toml(tmp_path), [])
+    assert (config.run.name, config.ppo.steps, config.ppo.epochs) == ("a-run", 7, 2)
+    assert (config.reward.mode, config.reward.beta_c, config.reward.subtract_prompt_score) == ("r3hf", 1.0, True)
+
+
+@pytest.mark.parametrize("schema", [SFTConfig, RewardConfig])
+def test_trainers_share_the_sections(tmp_path: Path, schema: type[SFTConfig] | type[RewardConfig]) -> None:
+    config = load(schema, toml(tmp_path, TRAINER), ["--trainer.ranks", "2"])
+    assert (config.model.base, config.trainer.ranks, config.data.format) == ("models/base", 2, "auto")
+
+
+def test_command_line_over_file(tmp_path: Path) -> None:
+    overrides = ["--ppo.steps", "3", "--run.name=other", "--model.reference", "models/ref"]
+    config = load(PPOConfig, toml(tmp_path), [*overrides, "--optimizer.betas", "[0.9,0.95]"])
+    assert (config.ppo.steps, config.run.name, config.model.reference) == (3, "other", "models/ref")
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert config.model.policy == "models/policy", "an override leaves the rest of its section alone"
+
+
+def test_last_override_wins(tmp_path: Path) -> None:
+    assert load(PPOConfig, toml(tmp_path), ["--ppo.steps", "3", "--ppo.steps", "4"]).ppo.steps == 4
+
+
+@pytest.mark.parametrize(("word", "value"), [("false", False), ("true", True)])
+def test_booleans_take_a_value(tmp_path: Path, word: str, value: bool) -> None:
+    config = load(PPOConfig, toml(tmp_path), ["--reward.subtract_prompt_score", word])
+    assert config.reward.subtract_prompt_score is value
+
+
+def test_engine_arguments_pass_through(tmp_path: Path) -> None:
+    text = PPO + "[rollout.engine_args]\nenforce_eager = true\nmax_model_len = 96\n"
+    assert load(PPOConfig, toml(tmp_path, text), []).rollout.engine_args == {"enforce_eager": True, "max_model_len": 96}
+
+
+def test_environment_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").write_text("PPO='{\"steps\": 9}'\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("RUN", "run", "PPO", "ppo.steps", "PPO__STEPS", "DATA"):
+        monkeypatch.setenv(name, "x")
+    config = load(PPOConfig, toml(tmp_path), [])
+    assert (config.run.name, config.ppo.steps, config.data.source) == ("a-run", 7, "prompts.jsonl")
+
+
+def test_frozen(tmp_path: Path) -> None:
+    config = load(PPOConfig, toml(tmp_path), [])
+    with pytest.raises(ValidationError, match="frozen"):
+        config.ppo.steps = 1  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.run = config.run  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (PPO + "stepz = 3\n", "job.toml: ppo.stepz: no such field; check the spelling"),
+        (PPO + "[pppo]\nsteps = 3\n", "job.toml: pppo: no such field; check the spelling"),
+        (PPO.replace("steps = 7", "steps = 'many'"), "job.toml: ppo.steps: Input should be a valid integer"),
+        (PPO.replace("steps = 7", "steps = 0"), "job.toml: ppo.steps: Input should be greater than 0; got 0"),
+        (PPO.replace("steps = 7", "steps = 1.5"), "job.toml: ppo.steps: "),
+        (PPO + "gamma = 1.1\n", "job.toml: ppo.gamma: Input should be less than or equal to 1; got 1.1"),
+        (PPO + "[reward]\nmode = 'dense'\n", "job.toml: reward.mode: Input should be 'terminal' or 'r3hf'"),
+        (PPO.replace('name = "a-run"', 'name = "../up"'), "job.toml: run.name: String should match pattern"),
+        (PPO.replace('policy = "models/policy"', ""), "job.toml: model.policy: must be set"),
+        (PPO.replace("[run]", "[run"), "job.toml: cannot be read as TOML: "),
+    ],
+)
+def test_one_sentence_for_a_wrong_field(tmp_path: Path, text: str, sentence: str) -> None:
+    found = problem(tmp_path, text)
+    assert found.startswith(sentence)
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--rollout.top_p", "0.9"], ["rollout.top_p must be 1"]),
+        (["--rollout.top_k", "50"], ["rollout.top_k must be -1"]),
+        (["--rollout.chunks_per_step", "5"], ["rollout.chunks_per_step (5)", "rollout.prompts_per_step (32)"]),
+        (["--learner.ranks", "17"], ["ppo.minibatches (2)", "learner.ranks (17)", "32 responses"]),
+        (["--weights.backend", "nccl"], ["learner.gpus_per_rank", "rollout.gpus_per_actor"]),
+    ],
+)
+def test_rules_between_fields_name_both_sides(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
+    found = problem(tmp_path, overrides=overrides)
+    assert not [word for word in words if word not in found], found
+
+
+def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
+    found = problem(tmp_path, PPO + "stepz = 3\nepochs = 0\n")
+    assert [line.split(": ")[1] for line in sorted(found.splitlines())] == ["ppo.epochs", "ppo.stepz"]
+
+
+@pytest.mark.parametrize("flag", ["--ppo.stepz", "--nonsense"])
+def test_unknown_override_is_an_error(tmp_path: Path, flag: str) -> None:
+    assert flag.removeprefix("--") in problem(tmp_path, overrides=[flag, "3"])
+
+
+def test_wrong_override_names_the_field(tmp_path: Path) -> None:
+    assert "ppo.steps" in problem(tmp_path, overrides=["--ppo.steps", "many"])
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.toml: no such file"):
+        load(PPOConfig, tmp_path / "absent.toml", [])
+
+
+def test_a_folder_is_no_toml(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read as TOML"):
+        load(PPOConfig, tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("mode", "init", "expected"),
+    [
+        ("r3hf", "auto", "reward_trunk"),
+        ("terminal", "auto", "reward_model"),
+        ("terminal", "sft", "sft"),
+        ("r3hf", "reward_model", "reward_model"),
+    ],
+)
+def test_critic_default_follows_the_mode(tmp_path: Path, mode: str, init: str, expected: str) -> None:
+    config = load(PPOConfig, toml(tmp_path), ["--reward.mode", mode, "--critic.init", init])
+    assert config.critic_init == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "beta_c", "weight"), [("r3hf", "1.0", 0.0), ("r3hf", "0.25", 0.75), ("terminal", "1.0", 1.0)]
+)
+def test_terminal_weight(tmp_path: Path, mode: str, beta_c: str, weight: float) -> None:
+    config = load(PPOConfig, toml(tmp_path), ["--reward.mode", mode, "--reward.beta_c", beta_c])
+    assert config.terminal_weight == weight
+
+
+def test_responses_per_step(tmp_path: Path) -> None:
+    assert load(PPOConfig, toml(tmp_path), ["--rollout.samples_per_prompt", "4"]).responses_per_step == 128
+
+
+@pytest.mark.parametrize("schema", [SFTConfig, RewardConfig, PPOConfig])
+def test_help_gives_every_field_a_meaning(schema: type[Command], capsys: pytest.CaptureFixture[str]) -> None:
+    for section, field in schema.model_fields.items():
+        assert isinstance(field.annotation, type)
+        undocumented = [name for name, inner in field.annotation.model_fields.items() if not inner.description]
+        assert not undocumented, f"[{section}] {undocumented}: an attribute docstring with its unit"
+    print_fields(schema, "r3hf ppo")
+    assert "--run.name" in capsys.readouterr().out
+
+
+def test_a_dumped_config_loads_again(tmp_path: Path) -> None:
+    config = load(PPOConfig, toml(tmp_path), [])
+    again = PPOConfig.model_validate(config.model_dump(mode="json"))
+    assert again == config
+    assert tomllib.loads(PPO)["ppo"]["steps"] == again.ppo.steps

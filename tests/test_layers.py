@@ -1,0 +1,102 @@
+"""Imports point down only: shown by reading every import, and by importing each layer in a fresh interpreter."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "r3hf_ray"
+
+LAYERS = {
+    "config": 0, "types": 0, "plan": 0,
+    "algorithms": 1,
+    "models": 2, "training": 2,
+    "actors": 3,
+    "cli": 4, "__main__": 4, "driver": 4, "prepare": 4, "preflight": 4, "data": 4, "toy": 4, "tracking": 4,
+}  # fmt: skip
+THIRD_PARTY = [
+    {"pydantic", "pydantic_settings", "numpy", "jaxtyping"},
+    {"torch"},
+    {"transformers", "tokenizers", "safetensors", "datasets", "trl"},
+    {"ray", "vllm", "xxhash"},
+]
+"""What a layer adds to those below it; layer 4 may import everything."""
+TRL_FILES = {"training/sft.py", "training/reward_model.py"}
+
+
+def layer(relative: Path) -> int:
+    name = relative.parts[0].removesuffix(".py")
+    assert name in LAYERS, f"r3hf_ray/{relative}: say in tests/test_layers.py which layer {name!r} belongs to"
+    return LAYERS[name]
+
+
+def sources() -> list[Path]:
+    return sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def imports(relative: Path) -> Iterator[tuple[int, list[str]]]:
+    """Line and dotted module of every import of a file, inside functions and TYPE_CHECKING blocks too."""
+    for node in ast.walk(ast.parse((PACKAGE / relative).read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = ["r3hf_ray", *relative.parent.parts]
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            target = base + (node.module.split(".") if node.module else [])
+            # `from r3hf_ray import models` names a module by its alias.
+            yield from ((node.lineno, [*target, alias.name]) for alias in node.names)
+
+
+@pytest.mark.parametrize("relative", sources(), ids=str)
+def test_imports_point_down(relative: Path) -> None:
+    own = layer(relative)
+    allowed = set().union(*THIRD_PARTY[: own + 1]) | set(sys.stdlib_module_names)
+    wrong = []
+    for line, target in imports(relative):
+        if target[0] == "r3hf_ray":
+            above = max((LAYERS.get(name, 0) for name in target[1:2]), default=0) > own
+            wrong += [f"line {line}: {'.'.join(target)} is in a layer above"] if above else []
+        elif own < 4 and target[0] not in allowed:
+            wrong.append(f"line {line}: layer {own} may not import {target[0]}")
+        elif target[0] == "trl" and str(relative) not in TRL_FILES:
+            wrong.append(f"line {line}: trl (9 s to import) belongs in {sorted(TRL_FILES)} only")
+    assert not wrong, f"r3hf_ray/{relative}: " + "; ".join(wrong)
+
+
+def loaded_after_importing(modules: list[str], watched: list[str]) -> list[str]:
+    """Which of `watched` a fresh interpreter has loaded after importing `modules`."""
+    program = "\n".join([
+        "import importlib, sys",
+        f"for module in {modules!r}: importlib.import_module(module)",
+        f"sys.stdout.write('LOADED ' + ' '.join(name for name in {watched!r} if name in sys.modules))",
+    ])  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.rsplit("LOADED", 1)[1].split()
+
+
+def modules(highest: int) -> list[str]:
+    names = [".".join(["r3hf_ray", *path.with_suffix("").parts]) for path in sources() if layer(path) <= highest]
+    return [name.removesuffix(".__init__") for name in names]
+
+
+def test_data_layer_loads_no_torch() -> None:
+    assert loaded_after_importing(modules(0), ["torch", "ray", "vllm", "transformers"]) == []
+
+
+def test_torch_layers_load_neither_ray_nor_vllm_nor_trl() -> None:
+    found = modules(2)
+    assert {"r3hf_ray.algorithms.redistribution", "r3hf_ray.models.load", "r3hf_ray.training.ppo"} <= set(found)
+    assert loaded_after_importing(found, ["ray", "vllm", "trl"]) == []
+
+
+def test_coordinator_loads_no_torch() -> None:
+    assert loaded_after_importing(["r3hf_ray.actors.coordinator"], ["torch", "vllm", "transformers"]) == []
+
+
+def test_the_watch_itself_works() -> None:
+    assert loaded_after_importing(["json"], ["json", "torch"]) == ["json"]

@@ -1,0 +1,110 @@
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForSequenceClassification
+
+from r3hf_ray.toy.language import gold_credit, make_request, noisy_response
+from r3hf_ray.toy.measure import (
+    credit_quality,
+    policy_gold,
+    reward_model_credit,
+    summarize_gold,
+    token_rewards,
+)
+from r3hf_ray.toy.sampling import Sample, render_prompt
+from r3hf_ray.toy.world import make_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder, sft_rows=1, train_prompts=1, heldout_prompts=1)
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
+    model.save_pretrained(folder / "reward")
+    AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / "reward")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def samples(world: Path) -> list[Sample]:
+    """Responses by the noisy author: both kinds of credit, finished and cut."""
+    rng, tokenizer = random.Random(0), AutoTokenizer.from_pretrained(world / "base")
+    requests = [make_request(rng) for _ in range(60)]
+    return [
+        Sample(
+            request=request,
+            prompt_ids=render_prompt(tokenizer, request),
+            response_ids=tokenizer.encode(noisy_response(request, 48, rng)),
+        )
+        for request in requests
+    ]
+
+
+def test_gold_summary() -> None:
+    summary = summarize_gold([1.0, 2.0, 3.0, 6.0])
+    assert (summary.mean, summary.responses) == (3.0, 4)
+    assert summary.std == pytest.approx(math.sqrt(14 / 3))
+    assert summary.sem == pytest.approx(math.sqrt(14 / 3) / 2)
+    assert str(summary) == "3.00+-1.08"
+
+
+def test_policy_gold_of_an_untrained_policy(world: Path) -> None:
+    rng = random.Random(0)
+    summary = policy_gold(world / "base", [make_request(rng) for _ in range(40)])
+    assert summary.responses == 40
+    assert summary.mean < -5.0, "random words are mostly stray words"
+
+
+def test_known_credit_is_judged_perfect_and_reversed_credit_the_opposite(world: Path, samples: list[Sample]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    golds = [np.array(gold_credit(s.request.text, tokenizer.decode(s.response_ids))) for s in samples]
+    scores = np.array([gold.sum() for gold in golds])
+    perfect = credit_quality(golds, scores, samples, tokenizer)
+    assert (perfect.token_auc, perfect.phrase_auc) == (1.0, 1.0)
+    assert perfect.token_pearson == pytest.approx(1.0)
+    assert perfect.phrase_pearson == pytest.approx(1.0)
+    assert perfect.score_pearson == pytest.approx(1.0)
+    reverse = credit_quality([-gold for gold in golds], -scores, samples, tokenizer)
+    assert (reverse.token_auc, reverse.phrase_auc) == (0.0, 0.0)
+    assert reverse.score_pearson == pytest.approx(-1.0)
+
+
+def test_credit_one_token_late_is_right_by_phrase(world: Path) -> None:
+    """Facts and fillers whose credit lands on the stop behind them: chance by token, perfect by phrase."""
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    rng = random.Random(0)
+    text = "gardens grow . um . gardens age . well . <eos>"
+    request = next(r for r in iter(lambda: make_request(rng), None) if r.text == "gardening no-slang casually")
+    sample = Sample(request=request, prompt_ids=[1], response_ids=tokenizer.encode(text))
+    late = np.array([0, 0, 1, 0, -0.1, 0, 0, 1, 0, -0.1, 0.0])
+    quality = credit_quality([late], np.array([1.8]), [sample], tokenizer)
+    assert (quality.token_auc, quality.phrase_auc) == (0.5, 1.0)
+    assert quality.phrase_pearson == pytest.approx(1.0)
+
+
+def test_token_rewards_are_differences_of_prefix_scores(world: Path, samples: list[Sample]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    model = LlamaForSequenceClassification.from_pretrained(world / "reward").eval()
+    rewards, scores = token_rewards(model, tokenizer, samples[:7], batch_size=3)
+    for sample, reward, score in zip(samples[:7], rewards, scores, strict=True):
+        ids = sample.prompt_ids + sample.response_ids
+        with torch.no_grad():
+            states = model.model(input_ids=torch.tensor([ids])).last_hidden_state
+            prefixes = model.score(states)[0, :, 0].double().numpy()
+        first = len(sample.prompt_ids) - 1
+        assert reward == pytest.approx(np.diff(prefixes[first:]), abs=1e-5)
+        assert score == pytest.approx(prefixes[-1], abs=1e-5)
+        assert reward.sum() == pytest.approx(prefixes[-1] - prefixes[first], abs=1e-5)
+
+
+def test_reward_model_credit_reads_folders(world: Path) -> None:
+    rng = random.Random(1)
+    quality = reward_model_credit(world / "reward", world / "base", [make_request(rng) for _ in range(30)])
+    assert quality.responses == 30
+    assert abs(quality.score_pearson) < 0.7, "an untrained reward model knows nothing"
+    assert 0.0 < quality.token_auc < 1.0

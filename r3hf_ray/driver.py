@@ -4,6 +4,7 @@ The learner group runs in a thread (`TorchTrainer.fit()` blocks). Only this proc
 `events.jsonl` and talks to wandb. No tensor passes through here.
 """
 
+import math
 import os
 import threading
 import time
@@ -14,30 +15,32 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from rich.console import Console
 from rich.table import Table
 
+from r3hf_ray.actor_settings import engine_settings, scoring_settings
 from r3hf_ray.actors.coordinator import Coordinator, Snapshot
 from r3hf_ray.actors.learner import LearnerSettings, train_loop
 from r3hf_ray.actors.pipeline import RunFailed, sentence_of
 from r3hf_ray.actors.reward import RewardActor
-from r3hf_ray.actors.rollout import EngineSettings, RolloutActor
+from r3hf_ray.actors.rollout import RolloutActor
 from r3hf_ray.actors.weight_store import WeightStore
-from r3hf_ray.config import PPOConfig
-from r3hf_ray.models.scoring import ScoringSettings
+from r3hf_ray.config import ConfigError, PPOConfig
 from r3hf_ray.plan import arithmetic
 from r3hf_ray.preflight import Plan, check, check_resources
 from r3hf_ray.tracking.metrics import STEP, JsonlLog, read_metrics
 from r3hf_ray.tracking.progress import Progress
 from r3hf_ray.tracking.provenance import redacted, versions
 from r3hf_ray.tracking.report import write_report
-from r3hf_ray.tracking.run_folder import open_run
+from r3hf_ray.tracking.run_folder import PPO_MAY_CHANGE, check_run, open_run
 from r3hf_ray.tracking.samples import read_samples, sample_steps, write_samples
 from r3hf_ray.tracking.wandb_run import WandbRun
 
 POLL_SECONDS = 0.25
+STOP_SECONDS = 10.0
+"""How long a failed run waits for its learner ranks to leave by themselves. [s]"""
 QUIET_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -58,7 +61,7 @@ class RunResult:
 
 @contextmanager
 def ray_session(cpus: float | None) -> Iterator[None]:
-    """Join the cluster that RAY_ADDRESS names (inside `ray job submit` it does), or start a Ray instance for this command.
+    """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start a Ray instance for this command.
 
     An instance that is already initialised is used as it is, so several stages can share one.
     """
@@ -73,7 +76,11 @@ def ray_session(cpus: float | None) -> Iterator[None]:
         os.environ.setdefault(name, value)
     joined = "RAY_ADDRESS" in os.environ
     options: dict[str, Any] = {} if joined else {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-    ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)
+    except (ConnectionError, AuthenticationError) as error:
+        address = os.environ.get("RAY_ADDRESS", "local")
+        raise ConfigError(f"RAY_ADDRESS: cannot join the cluster at {address}: {sentence_of(error)}") from error
     try:
         yield
     finally:
@@ -90,11 +97,14 @@ def run_ppo(config: PPOConfig, *, resume: bool, console: Console) -> RunResult:
     start = time.monotonic()
     plan = check(config)
     config = _with_absolute_models(config)
+    if config.run.cpus is not None and "RAY_ADDRESS" not in os.environ and not ray.is_initialized():
+        check_resources(config, {"CPU": config.run.cpus, "GPU": math.inf})
+    check_run(config, config.run, resume=resume, may_change=PPO_MAY_CHANGE)
     with ray_session(config.run.cpus):
         check_resources(config, ray.cluster_resources())
-        folder, _ = open_run(config, config.run, resume=resume)
+        folder, attempt = open_run(config, config.run, resume=resume)
         _print_plan(console, config, plan)
-        with _Follower(config, plan, folder, console) as follower:
+        with _Follower(config, plan, folder, console, attempt=attempt) as follower:
             follower.follow()
     report = write_report(folder)
     return RunResult(folder=folder, report=report, rows=read_metrics(folder), seconds=time.monotonic() - start)
@@ -108,6 +118,7 @@ class _Actors:
     store: Any
     rollouts: list[Any]
     rewards: list[Any]
+    learner: threading.Thread
     starting: dict[Any, str] = field(default_factory=dict)
     """Ref of a ping -> the actor's name, until it has answered."""
 
@@ -115,8 +126,9 @@ class _Actors:
 class _Follower:
     """Starts a run, polls its coordinator, and writes and shows what it says."""
 
-    def __init__(self, config: PPOConfig, plan: Plan, folder: Path, console: Console) -> None:
+    def __init__(self, config: PPOConfig, plan: Plan, folder: Path, console: Console, *, attempt: int) -> None:
         self._config, self._plan, self._folder, self._console = config, plan, folder, console
+        self._attempt = attempt
         self._namespace = f"{config.run.name}-{os.urandom(4).hex()}"
         self._rows_seen = self._events_seen = 0
         self._latest: dict[str, float] = {}
@@ -142,21 +154,27 @@ class _Follower:
         self._events.close()
 
     def follow(self) -> None:
-        """Run to the end."""
+        """Run to the end.
+
+        Raises:
+            RunFailed: it could not get there; nothing of it is left running.
+        """
         with self._progress:
             actors = self._start()
-            learner = threading.Thread(target=self._fit, daemon=True, name="learner-fit")
-            learner.start()
-            while learner.is_alive():
-                learner.join(POLL_SECONDS)
-                self._watch_start(actors)
-                self._take(self._poll(actors))
-            self._finish(actors)
+            try:
+                while actors.learner.is_alive():
+                    actors.learner.join(POLL_SECONDS)
+                    self._watch_start(actors)
+                    self._take(self._poll(actors))
+                self._finish(actors)
+            except RayError as error:
+                raise RunFailed(f"the coordinator is gone: {sentence_of(error)}") from error
+            finally:
+                self._stop(actors)
 
     def _start(self) -> _Actors:
         config, plan = self._config, self._plan
-        engine, scoring = _engine_settings(config, plan), _scoring_settings(config, plan)
-        self._prompts = ray.put(plan.prompts)  # kept: a rollout actor that restarts reads it again
+        engine, scoring = engine_settings(config, plan), scoring_settings(config, plan)
         rollouts = [
             ray.remote(RolloutActor)
             .options(
@@ -166,7 +184,7 @@ class _Follower:
                 max_task_retries=0,  # a repeated generate after a restart would sample from the wrong weights
                 runtime_env={"env_vars": QUIET_ENVIRONMENT | engine.environment()},
             )
-            .remote(engine, [self._prompts])
+            .remote(engine)
             for _ in range(config.rollout.actors)
         ]
         rewards = [
@@ -186,9 +204,11 @@ class _Follower:
         coordinator = (
             ray.remote(Coordinator)
             .options(name="coordinator", **names)
-            .remote(config, rollouts, rewards, train_rows=plan.train_rows, heldout_rows=plan.heldout_rows)
+            .remote(config, rollouts, rewards, prompts=plan.prompts, heldout=plan.heldout, attempt=self._attempt)
         )
-        actors = _Actors(coordinator, store, rollouts, rewards)
+        learner = threading.Thread(target=self._fit, daemon=True, name="learner-fit")
+        learner.start()
+        actors = _Actors(coordinator, store, rollouts, rewards, learner)
         actors.starting = {actor.ping.remote(): f"rollout {i}" for i, actor in enumerate(rollouts)}
         actors.starting |= {actor.ping.remote(): f"reward {i}" for i, actor in enumerate(rewards)}
         return actors
@@ -293,46 +313,18 @@ class _Follower:
         ray.get(waiting)
         self._take(self._poll(actors))
         self._events.write({"event": "finished", "step": int(self._latest.get(STEP, 0))})
+
+    def _stop(self, actors: _Actors) -> None:
+        """End whatever still runs: after a failure too, since the Ray instance may serve other stages."""
+        if actors.learner.is_alive():
+            actors.coordinator.fail.remote("the driver has stopped")  # ranks hear of it where they wait for a batch
+            actors.learner.join(STOP_SECONDS)
         for actor in (*actors.rollouts, *actors.rewards, actors.coordinator, actors.store):
             ray.kill(actor)
 
     def _warn(self, text: str) -> None:
         self._events.write({"event": "warning", "reason": text})
         self._progress.note(f"warning: {text}")
-
-
-def _engine_settings(config: PPOConfig, plan: Plan) -> EngineSettings:
-    rollout = config.rollout
-    return EngineSettings(
-        model=config.model.policy,
-        max_model_len=plan.max_model_len,
-        max_response_tokens=rollout.max_response_tokens,
-        temperature=rollout.temperature,
-        eos_ids=plan.eos_ids,
-        dtype=rollout.dtype,
-        threads=rollout.threads,
-        kv_cache_gb=rollout.kv_cache_gb,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
-        on_gpu=rollout.gpus_per_actor > 0,
-        extra=rollout.engine_args,
-    )
-
-
-def _scoring_settings(config: PPOConfig, plan: Plan) -> ScoringSettings:
-    reward = config.reward
-    return ScoringSettings(
-        reward_model=config.model.reward_model,
-        reference=config.model.reference or config.model.policy,
-        temperature=config.rollout.temperature,
-        mode=reward.mode,
-        beta_c=reward.beta_c,
-        subtract_prompt_score=reward.subtract_prompt_score,
-        suffix_ids=plan.suffix_ids,
-        dtype=reward.dtype,
-        microbatch_tokens=reward.microbatch_tokens,
-        gold=reward.gold,
-        device="cuda" if reward.gpus_per_actor > 0 else "cpu",
-    )
 
 
 def _with_absolute_models(config: PPOConfig) -> PPOConfig:
@@ -346,6 +338,6 @@ def _with_absolute_models(config: PPOConfig) -> PPOConfig:
 
 def _print_plan(console: Console, config: PPOConfig, plan: Plan) -> None:
     table = Table.grid(padding=(0, 2))
-    for name, text in [("data", str(plan.report)), *arithmetic(config, plan.train_rows)]:
+    for name, text in [("data", str(plan.report)), *arithmetic(config, len(plan.prompts))]:
         table.add_row(name, text)
     console.print(table)

@@ -18,11 +18,13 @@ T = TypeVar("T")
 class Request:
     """One sample to generate: everything the sampler's result depends on, besides the weights.
 
-    Example: ``Request(row=17, prompt_id=130, sample=0, seed=1093, attempt=0)``
+    Example: ``Request(row=17, token_ids=[1, 9, 3], prompt_id=130, sample=0, seed=1093, attempt=0)``
     """
 
     row: int
-    """Row of the prompt table."""
+    """Row of the prompt table, for people."""
+    token_ids: np.ndarray
+    """The rendered prompt, ``[P]`` int32."""
     prompt_id: int
     sample: int
     seed: int
@@ -47,19 +49,17 @@ def _permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
-def step_requests(seed: int, step: int, *, prompts_per_step: int, samples_per_prompt: int, rows: int) -> list[Request]:
+def step_requests(
+    prompts: Sequence[np.ndarray], *, seed: int, step: int, prompts_per_step: int, samples_per_prompt: int
+) -> list[Request]:
     """The samples that PPO step `step` (from 0) trains on, in order of (prompt_id, sample)."""
-    first = step * prompts_per_step
-    return [
-        Request(
-            row=stream_row(seed, prompt_id, rows),
-            prompt_id=prompt_id,
-            sample=sample,
-            seed=seed_of(seed, "sample", prompt_id, sample),
-        )
-        for prompt_id in range(first, first + prompts_per_step)
-        for sample in range(samples_per_prompt)
-    ]
+    requests = []
+    for prompt_id in range(step * prompts_per_step, (step + 1) * prompts_per_step):
+        row = stream_row(seed, prompt_id, len(prompts))
+        for sample in range(samples_per_prompt):
+            draw = seed_of(seed, "sample", prompt_id, sample)
+            requests.append(Request(row=row, token_ids=prompts[row], prompt_id=prompt_id, sample=sample, seed=draw))
+    return requests
 
 
 def split_evenly(items: Sequence[T], parts: int) -> list[list[T]]:

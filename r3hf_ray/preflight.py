@@ -9,7 +9,14 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from r3hf_ray.config import ConfigError, PPOConfig
 from r3hf_ray.data.chat import compare_format, pooling_suffix
 from r3hf_ray.data.loading import PromptRow, Report, load_prompts
-from r3hf_ray.models.load import ModelError, check_folder, check_same_vocabulary, eos_ids, load_tokenizer
+from r3hf_ray.models.load import (
+    ModelError,
+    check_folder,
+    check_same_vocabulary,
+    eos_ids,
+    load_tokenizer,
+    require_score_head,
+)
 from r3hf_ray.models.scoring import load_gold
 
 MARGIN = 1e-6
@@ -21,9 +28,9 @@ class Plan:
     """What the checks found out, and the actors need."""
 
     prompts: list[np.ndarray]
-    """Token ids of every prompt: first those to train on, then the held-out ones."""
-    train_rows: int
-    heldout_rows: int
+    """Token ids of the prompts to train on."""
+    heldout: list[np.ndarray]
+    """Token ids of the held-out prompts."""
     report: Report
     eos_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
@@ -40,6 +47,8 @@ def check(config: PPOConfig) -> Plan:
     """
     check_folder(config.model.policy, "policy")
     check_folder(config.model.reward_model, "reward model")
+    if config.model.reference:
+        check_folder(config.model.reference, "reference")
     tokenizer = load_tokenizer(config.model.policy)
     policy = _model_config(config.model.policy, "policy")
     ends = eos_ids(tokenizer, policy, _generation_config(config.model.policy))
@@ -51,12 +60,13 @@ def check(config: PPOConfig) -> Plan:
     needed = max(len(row.token_ids) for row in rows) + config.rollout.max_response_tokens
     _check_window(policy, rows, needed, config)
     window = _window(policy)
-    prompts = [np.asarray(row.token_ids, dtype=np.int32) for row in rows]
+    prompts, heldout = (
+        [np.asarray(r.token_ids, dtype=np.int32) for r in part] for part in (loaded.train, loaded.heldout)
+    )
     reward_tokenizer = load_tokenizer(config.model.reward_model)
     return Plan(
         prompts=prompts,
-        train_rows=len(loaded.train),
-        heldout_rows=len(loaded.heldout),
+        heldout=heldout,
         report=loaded.report,
         eos_ids=tuple(ends),
         suffix_ids=tuple(pooling_suffix(config.model.reward_model, reward_tokenizer, config.reward.pooling_suffix)),
@@ -101,6 +111,7 @@ def _check_reward_model(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -
     labels = _model_config(source, "reward model").num_labels
     if labels != 1:
         raise ModelError(f"{source}: a reward model has one label, this has {labels}; train one with `r3hf reward`")
+    require_score_head(source)
     check_same_vocabulary(tokenizer, load_tokenizer(source))
     compare_format(source, tokenizer)
 

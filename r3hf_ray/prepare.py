@@ -84,9 +84,10 @@ def train_reward(
     started = time.monotonic()
     section = config.reward_training
     _check(section, config.trainer.ranks, config.model.base)
-    if resume and (finished := _finished(config)):
-        return finished
     tokenizer = load_tokenizer(config.model.base)
+    if resume and (finished := _finished(config)):
+        save_format(chat_format(tokenizer), finished.model)
+        return finished
     load = load_groups if is_ranked(config.data) else load_pairs
     data: Loaded[Any] = load(config.data, tokenizer, max_tokens=section.max_tokens)
     with _Records(config, data, resume=resume, on_row=on_row, note=note) as records:

@@ -1,11 +1,13 @@
 """Every jaxtyping annotation of r3hf_ray is enforced while the tests run. Fixtures: tiny models, groups of ranks."""
 
+import json
 import multiprocessing
 import os
 import pickle
+import struct
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +104,38 @@ def run_ranks() -> Callable[..., list[Any]]:
     return run
 
 
+@pytest.fixture(scope="session")
+def wandb_history() -> Callable[[Path], list[dict[str, Any]]]:
+    """`wandb_history(file)`: the logged rows of an offline wandb file, complete once its service has ended."""
+    return lambda path: list(_history(path))
+
+
+def _history(path: Path) -> Iterator[dict[str, Any]]:
+    for record in _records(path):
+        if record.WhichOneof("record_type") == "history":
+            yield {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+
+
+def _records(path: Path) -> Iterator[Any]:
+    """Records of an offline file: 7 bytes, then 32 KiB blocks of <crc32, length, type> + payload, parts joined."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, at, parts = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        room = 32768 - at % 32768
+        if room < 7:
+            at += room
+            continue
+        _, length, kind = struct.unpack("<IHB", content[at : at + 7])
+        parts += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
 class _ByValue:
     """A function that is pickled with its code: the test modules cannot be imported by name."""
 
@@ -115,7 +149,9 @@ class _ByValue:
         return cloudpickle.loads, (cloudpickle.dumps(self.function),)
 
 
-def _as_rank(pipe: Any, function: Callable[..., Any], rank: int, world: int, folder: str, args: tuple[Any, ...]) -> None:
+def _as_rank(
+    pipe: Any, function: Callable[..., Any], rank: int, world: int, folder: str, args: tuple[Any, ...]
+) -> None:
     import pickle
     import traceback
 

@@ -24,10 +24,11 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+import numpy as np
+from ray.exceptions import RayError
 
 from r3hf_ray.actors.pipeline import Events, Member, Pipeline, Sample, Tally, Verdict, members, sentence_of
-from r3hf_ray.actors.weight_store import Loaded, Publication
+from r3hf_ray.actors.weight_store import Publication, TransferStep
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.plan import Request, deal_to_ranks, minibatch_of, seed_of, split_evenly, step_requests
 from r3hf_ray.types import Finish, ScoreInfo
@@ -74,11 +75,27 @@ class Coordinator:
     """The only submitter to rollout and reward actors; a named actor that learner ranks pull from."""
 
     def __init__(
-        self, config: PPOConfig, rollouts: list[Any], rewards: list[Any], *, train_rows: int, heldout_rows: int
+        self,
+        config: PPOConfig,
+        rollouts: list[Any],
+        rewards: list[Any],
+        *,
+        prompts: list[np.ndarray],
+        heldout: list[np.ndarray],
+        attempt: int = 0,
     ) -> None:
+        """Know the actors and the token ids of the prompts; nothing starts before a learner begins.
+
+        Args:
+            config: of the run.
+            rollouts: handles of the rollout actors.
+            rewards: handles of the reward actors.
+            prompts: token ids of the prompts to train on.
+            heldout: token ids of the held-out prompts.
+            attempt: number of the first learner group's attempt: 0, or more in a resumed run.
+        """
         self._config = config
-        self._train_rows, self._heldout_rows = train_rows, heldout_rows
-        self._max_gap = config.weights.max_logprob_gap or (1e-3 if config.rollout.dtype == "float32" else 0.05)
+        self._prompts, self._heldout = prompts, heldout
         self._rows: list[dict[str, float]] = []
         self._events = Events()
         self._verdict = Verdict(self._events)
@@ -86,10 +103,11 @@ class Coordinator:
             members("rollout", rollouts),
             members("reward", rewards),
             max_attempts=config.rollout.max_attempts,
+            max_gap=config.weights.max_logprob_gap or (1e-3 if config.rollout.dtype == "float32" else 0.05),
             events=self._events,
             verdict=self._verdict,
         )
-        self._attempt = -1  # how often a learner group began, minus one
+        self._first_attempt, self._attempt = attempt, attempt - 1
         self._tasks: set[asyncio.Task[Any]] = set()
         self._steps: dict[int, _Step] = {}
         self._confirmed: dict[int, asyncio.Task[dict[str, float]]] = {}
@@ -102,18 +120,22 @@ class Coordinator:
 
     async def begin(self, step: int) -> None:
         """A learner group (re)starts at `step`: drop whatever was under way; generation waits for its first weights."""
-        self._verdict.check()
         for task in list(self._tasks):
             task.cancel()
         self._reset(step)
         self._attempt += 1
-        self._events.add("started" if self._attempt == 0 else "restart", step=step, attempt=self._attempt)
+        kind = "started" if self._attempt == self._first_attempt else "restart"
+        self._events.add(kind, step=step, attempt=self._attempt)
         self._events.stage("learner", f"started at step {step}")
-        self._spawn(self._run(step))
+        if self._verdict.sentence is None:
+            self._spawn(self._run(step))
 
     async def publish(self, publication: Publication) -> None:
-        """Queue new weights at every sampler, then let the next chunks go."""
-        self._verdict.check()
+        """Queue new weights at every sampler, then let the next chunks go.
+
+        Only rank 0 calls it, so it never says that the run has failed: a rank that left alone would leave the others
+        in a collective. All ranks hear of it in `next_share`.
+        """
         version = publication.version
         self._pipeline.latest = publication
         loads = [(member, self._pipeline.load(member)) for member in self._pipeline.rollouts if member.alive]
@@ -124,6 +146,19 @@ class Coordinator:
         lag = self._config.rollout.max_lag if version == self._first_version else 0
         for _ in range(self._config.rollout.chunks_per_step * (lag + 1)):
             self._slots.release()
+
+    async def transfer(self, step: TransferStep, payload: dict[str, Any] | None) -> None:
+        """One call of vLLM's weight-sync client at every sampler; each gets its own place in the transfer group."""
+        self._verdict.check()
+
+        def place(number: int) -> dict[str, Any] | None:
+            return {**payload, "rank_offset": 1 + number} if step is TransferStep.INIT and payload else payload
+
+        rollouts = enumerate(self._pipeline.rollouts)
+        try:
+            await asyncio.gather(*(member.handle.transfer.remote(step, place(number)) for number, member in rollouts))
+        except RayError as error:
+            self._verdict.fail(f"weight transfer failed at a sampler ({step.value}): {sentence_of(error)}")
 
     async def calibration(self) -> tuple[float, float]:
         """(mean, std) of the sequence reward over samples of the policy as it was published first."""
@@ -150,7 +185,7 @@ class Coordinator:
         self._events.add(kind, **fields)
 
     async def fail(self, sentence: str) -> None:
-        """End the run."""
+        """End the run: raises `RunFailed` here too."""
         self._verdict.fail(sentence)
 
     # ------------------------------------------------------------------ the driver's side
@@ -180,11 +215,11 @@ class Coordinator:
         rollout = self._config.rollout
         for step in range(first_step, self._config.ppo.steps):
             requests = step_requests(
-                self._config.run.seed,
-                step,
+                self._prompts,
+                seed=self._config.run.seed,
+                step=step,
                 prompts_per_step=rollout.prompts_per_step,
                 samples_per_prompt=rollout.samples_per_prompt,
-                rows=self._train_rows,
             )
             for number, chunk in enumerate(split_evenly(requests, rollout.chunks_per_step)):
                 await self._slots.acquire()
@@ -198,10 +233,12 @@ class Coordinator:
         batch.resolved += len(requests)
         if batch.resolved < batch.expected:
             return
-        if 2 * len(batch.samples) < batch.expected:
+        work = self._config.ppo.minibatches * self._config.learner.ranks  # fewer would leave a rank without any
+        needed = max((batch.expected + 1) // 2, work)
+        if len(batch.samples) < needed:
             self._verdict.fail(
                 f"{batch.tally.quarantined} of {batch.expected} samples of step {step + 1} failed "
-                f"{self._config.rollout.max_attempts} times; {self._last_quarantine()}"
+                f"{self._config.rollout.max_attempts} times and {needed} are needed; {self._last_quarantine()}"
             )
         batch.samples.sort(key=lambda sample: (sample.info.info.prompt_id, sample.info.info.sample))
         batch.full.set()
@@ -213,9 +250,7 @@ class Coordinator:
     async def _calibrate(self) -> None:
         await self._verdict.or_failure(self._published.wait())
         count = self._config.reward.calibration_samples
-        infos = await self._judge(
-            [self._request("calibration", i, i % self._train_rows) for i in range(count)], "calibration"
-        )
+        infos = await self._judge(self._requests("calibration", self._prompts, count), "calibration")
         scores = [info.score for info in infos]
         if len(scores) < 2:
             self._verdict.fail(f"calibration scored fewer than 2 responses; {self._last_quarantine()}")
@@ -225,20 +260,29 @@ class Coordinator:
 
     def _evaluation_due(self, version: int) -> bool:
         settings = self._config.evaluation
-        if not settings.prompts or not self._heldout_rows:
+        if not settings.prompts or not self._heldout:
             return False
         return version in (0, self._config.ppo.steps) or bool(settings.every and version % settings.every == 0)
 
     async def _evaluate(self, version: int) -> None:
-        count = min(self._config.evaluation.prompts, self._heldout_rows)
-        requests = [self._request("heldout", i, self._train_rows + i) for i in range(count)]
-        infos = await self._judge(requests, f"evaluation of version {version}")
+        count = min(self._config.evaluation.prompts, len(self._heldout))
+        infos = await self._judge(self._requests("heldout", self._heldout, count), f"evaluation of version {version}")
         if infos:
             row = {"train/global_step": version, "attempt": self._attempt, "time": time.time()}
             self._rows.append(row | evaluation_metrics(infos))
 
-    def _request(self, stream: str, number: int, row: int) -> Request:
-        return Request(row=row, prompt_id=number, sample=0, seed=seed_of(self._config.run.seed, stream, number))
+    def _requests(self, stream: str, prompts: list[np.ndarray], count: int) -> list[Request]:
+        rows = [number % len(prompts) for number in range(count)]
+        return [
+            Request(
+                row=row,
+                token_ids=prompts[row],
+                prompt_id=number,
+                sample=0,
+                seed=seed_of(self._config.run.seed, stream, number),
+            )
+            for number, row in enumerate(rows)
+        ]
 
     async def _judge(self, requests: list[Request], label: str) -> list[ScoreInfo]:
         """Generate and score outside the training stream; failures are retried and quarantined there too."""
@@ -257,18 +301,8 @@ class Coordinator:
     async def _confirm(self, publication: Publication, loads: list[tuple[Member, Any]]) -> dict[str, float]:
         """Every sampler must show that it runs what was published; otherwise the run ends."""
         self._published.set()
-        answers: list[Loaded] = []
-        for member, ref in loads:
-            try:
-                answers.append(await ref)
-            except RayActorError as error:
-                self._pipeline.lost(member, error)
-            except RayTaskError as error:
-                self._verdict.fail(
-                    f"{member.name} could not load weights version {publication.version}: {sentence_of(error)}"
-                )
-            else:
-                self._check(member, publication, answers[-1])
+        proofs = [await self._pipeline.proven(member, publication, ref) for member, ref in loads]
+        answers = [loaded for loaded in proofs if loaded]
         proven = f"version {publication.version} proven at {len(answers)} of {len(self._pipeline.rollouts)} samplers"
         self._events.stage("weights", proven)
         return {
@@ -279,19 +313,6 @@ class Coordinator:
             "sync/mismatch": 0,
             "rollout/workers": len(answers),
         }
-
-    def _check(self, member: Member, publication: Publication, loaded: Loaded) -> None:
-        if (loaded.version, loaded.fingerprint) != (publication.version, publication.fingerprint):
-            self._verdict.fail(
-                f"{member.name} answered version {loaded.version} with another fingerprint than the learner published for "
-                f"version {publication.version}: it does not hold the weights it should"
-            )
-        if not loaded.probe_gap <= self._max_gap:  # also when it is not a number
-            self._verdict.fail(
-                f"{member.name} gives the probe sequence other logprobs than the learner after loading version "
-                f"{publication.version} (mean gap {loaded.probe_gap:.2g} nats, allowed {self._max_gap:g}): its engine runs "
-                "wrong weights or another precision; weights.max_logprob_gap sets the bound"
-            )
 
     # ------------------------------------------------------------------ small things
 

@@ -7,6 +7,7 @@ up again after every restart; a restarted group begins at the last committed che
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ import torch
 from ray.train import Checkpoint, CheckpointConsistencyMode
 
 from r3hf_ray.actors.coordinator import Share
+from r3hf_ray.actors.pipeline import RunFailed
 from r3hf_ray.actors.weight_store import Probe, Tensor, fingerprint, publish
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.models.sharding import make_mesh
-from r3hf_ray.training.ppo import DivergenceError, PPOLearner, RewardScale
+from r3hf_ray.training.ppo import DivergenceError, PPOLearner, RewardScale, TelescopingError
 from r3hf_ray.types import ScoredTrajectory
 
 TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -42,8 +44,13 @@ class LearnerSettings:
 
 
 def train_loop(settings: dict[str, LearnerSettings]) -> None:
-    """One rank's whole life."""
-    _Rank(settings["learner"]).run()
+    """One rank's whole life.
+
+    A run that is over ends here in silence: the driver has its reason from the coordinator, and an error would only
+    make Ray Train start the group again.
+    """
+    with suppress(RunFailed):
+        _Rank(settings["learner"]).run()
 
 
 class _Rank:
@@ -55,6 +62,7 @@ class _Rank:
         self._rank, self._world = context.get_world_rank(), context.get_world_size()
         self._coordinator = ray.get_actor("coordinator", settings.namespace)
         self._store = ray.get_actor("weight_store", settings.namespace)
+        self._nccl: Any = None
         on_gpu = self._config.learner.gpus_per_rank > 0
         torch.set_num_threads(self._config.learner.threads)
         self._learner = PPOLearner(
@@ -91,8 +99,8 @@ class _Rank:
         waited = time.perf_counter() - start
         try:
             metrics = self._learner.update(scored, minibatch_of=share.minibatch_of)
-        except DivergenceError as error:
-            ray.get(self._coordinator.fail.remote(str(error)))
+        except (DivergenceError, TelescopingError) as error:
+            ray.get(self._coordinator.fail.remote(str(error)))  # raises RunFailed, on every rank
             raise
         published = self._publish()
         if self._rank == 0:
@@ -112,7 +120,11 @@ class _Rank:
         start = time.perf_counter()
         probe_ids = self._settings.probe_ids
         logprobs = self._learner.evaluate_probe(probe_ids)[1:] if probe_ids else []
-        tensors = _in_transit(self._learner.full_parameters(), self._config.rollout.dtype)
+        if self._config.weights_backend == "nccl":
+            self._send_by_nccl()
+            tensors: Iterator[Tensor] = iter(())
+        else:
+            tensors = _in_transit(self._learner.full_parameters(), self._config.rollout.dtype)
         if self._rank != 0:
             for _ in tensors:  # every rank takes part in the gathering
                 pass
@@ -126,6 +138,16 @@ class _Rank:
         )
         ray.get(self._coordinator.publish.remote(publication))
         return time.perf_counter() - start
+
+    def _send_by_nccl(self) -> None:
+        """All ranks gather, rank 0 broadcasts to the samplers; vLLM is imported here only."""
+        if self._nccl is None:
+            from r3hf_ray.actors.weights import LearnerSource, nccl_sender
+
+            source = LearnerSource(self._learner.full_parameters, TORCH_TYPES[self._config.rollout.dtype])
+            samplers = self._config.rollout.actors
+            self._nccl = nccl_sender(self._coordinator, source, rank=self._rank, samplers=samplers)
+        self._nccl.send_weights()
 
     def _dump_samples(self, share: Share) -> None:
         step, tracking = self._learner.step, self._config.tracking

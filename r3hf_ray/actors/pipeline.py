@@ -1,4 +1,4 @@
-"""From requests to scored samples, whatever dies on the way: a straight line of refs, retried elsewhere, then quarantined.
+"""From requests to scored samples, whatever dies on the way: a straight line of refs, retried, then quarantined.
 
 A failure is never data. A sample whose generation or scoring failed is tried again on other actors; after
 `rollout.max_attempts` it is quarantined and counted. The death of an actor is not the sample's fault and does not count
@@ -6,15 +6,16 @@ as an attempt; the actor is watched until Ray has restarted it, gets the latest 
 """
 
 import asyncio
+import re
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from r3hf_ray.actors.rollout import StaleWeightsError
-from r3hf_ray.actors.weight_store import Publication
+from r3hf_ray.actors.weight_store import Loaded, Publication
 from r3hf_ray.plan import Request
 from r3hf_ray.types import Failure, GenerateReport, ScoreInfo, ScoreReport
 
@@ -128,17 +129,43 @@ class Pipeline:
     rollouts: list[Member]
     rewards: list[Member]
     max_attempts: int
+    max_gap: float
+    """Largest mean difference of the probe's logprobs that proves a load. [nats]"""
     events: Events
     verdict: Verdict
     latest: Publication | None = None
     """What a rollout actor that restarts must load."""
     came_back: asyncio.Event = field(default_factory=asyncio.Event)
-    recoveries: set[asyncio.Task[Any]] = field(default_factory=set)
+    watches: set[asyncio.Task[Any]] = field(default_factory=set)
+    """Recoveries of dead actors, and proofs of the loads that follow."""
 
     def load(self, member: Member) -> Any:
         """Submit the latest weights to a rollout actor; whatever is submitted to it later runs after them."""
         member.needs_weights = False
         return member.handle.load_weights.remote(self.latest)
+
+    async def proven(self, member: Member, publication: Publication, load: Any) -> Loaded | None:
+        """The answer to a load: it must show what was published, else the run ends. None if the actor died of it."""
+        version = publication.version
+        try:
+            loaded: Loaded = await load
+        except RayActorError as error:
+            self.lost(member, error)
+            return None
+        except RayTaskError as error:
+            self.verdict.fail(f"{member.name} could not load weights version {version}: {sentence_of(error)}")
+        if (loaded.version, loaded.fingerprint) != (version, publication.fingerprint):
+            self.verdict.fail(
+                f"{member.name} answered version {loaded.version} with another fingerprint than the learner published "
+                f"for version {version}: it does not hold the weights it should"
+            )
+        if not loaded.probe_gap <= self.max_gap:  # also when it is not a number
+            self.verdict.fail(
+                f"{member.name} gives the probe sequence other logprobs than the learner after loading version "
+                f"{version} (mean gap {loaded.probe_gap:.2g} nats, allowed {self.max_gap:g}): its engine "
+                "runs wrong weights or another precision; weights.max_logprob_gap sets the bound"
+            )
+        return loaded
 
     async def scored(self, tally: Tally, number: int, requests: list[Request], label: str) -> AsyncIterator[Sample]:
         """Yield the samples of one chunk as they are scored; those that are quarantined never come.
@@ -169,8 +196,8 @@ class Pipeline:
     ) -> tuple[list[Sample], list[Failure], int]:
         """Generate on one actor, score on another. Returns (samples, failures, actors lost)."""
         rollout, reward = await self._pick(self.rollouts, number), await self._pick(self.rewards, number)
-        if rollout.needs_weights:
-            self.load(rollout)
+        if rollout.needs_weights and self.latest:
+            self._watch(self.proven(rollout, self.latest, self.load(rollout)))
         keys = [(request.prompt_id, request.sample) for request in requests]
         trajectories, generated = rollout.handle.generate.options(num_returns=2).remote(requests)
         *refs, scored = reward.handle.score.options(num_returns=len(keys) + 1).remote(trajectories, keys)
@@ -203,7 +230,7 @@ class Pipeline:
         tally.quarantined += len(failed) - len(again)
         tally.retried += len(again)
         retries = [replace(request, attempt=request.attempt + 1) for request in again]
-        if len(retries) == len(group) > 1 and group[0].attempt == 0:
+        if len(retries) == len(group) > 1 and group[0].attempt == 0 and self.max_attempts > 2:
             return [retries]  # the whole call failed: once more elsewhere, then one by one to find the poison
         return [[request] for request in retries]
 
@@ -218,7 +245,7 @@ class Pipeline:
             await self.verdict.or_failure(self.came_back.wait())
 
     def lost(self, member: Member, error: RayError) -> int:
-        """1 if the actor is gone or lost its weights (it is then watched until it is back), 0 for an ordinary failure."""
+        """1 if the actor is gone (it is then watched until it is back) or has no weights, 0 for an ordinary failure."""
         if isinstance(error, StaleWeightsError):
             member.needs_weights = True
             return 1
@@ -227,10 +254,13 @@ class Pipeline:
         if member.alive:
             member.alive = False
             self.events.add("failure", actor=member.name, reason=sentence_of(error))
-            recovery = asyncio.create_task(self.verdict.guard(self._recover(member)))
-            self.recoveries.add(recovery)
-            recovery.add_done_callback(self.recoveries.discard)
+            self._watch(self._recover(member))
         return 1
+
+    def _watch(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(self.verdict.guard(work))
+        self.watches.add(task)
+        task.add_done_callback(self.watches.discard)
 
     async def _recover(self, member: Member) -> None:
         """Ask a dead actor until Ray has restarted it."""
@@ -249,9 +279,12 @@ class Pipeline:
 
 
 def sentence_of(error: BaseException) -> str:
-    """The last line of an error that has something in it: a remote traceback ends with the cause."""
+    """The last line of an error that has something in it: a remote traceback ends with the cause.
+
+    Our own errors speak to people, so the name of their class is left out.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return re.sub(r"^r3hf_ray\.[\w.]+: ", "", lines[-1]) if lines else type(error).__name__
 
 
 def members(kind: str, handles: list[Any]) -> list[Member]:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 
-from r3hf_ray.actors.weight_store import Loaded, Probe, Publication
+from r3hf_ray.actors.weight_store import Loaded, Probe, Publication, TransferStep
 from r3hf_ray.plan import Request
 from r3hf_ray.types import Failure, Finish, GenerateReport, Trajectory
 
@@ -43,31 +42,22 @@ class EngineSettings:
         common = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
         if self.on_gpu:
             return common
-        return (
-            common
-            | {
-                "OMP_NUM_THREADS": str(self.threads),
-                "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gb),
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "TORCHDYNAMO_DISABLE": "1",  # vLLM compiles a logprob helper even in eager mode: 3 s warm, 20 s on a fresh machine
-            }
-        )
+        return common | {
+            "OMP_NUM_THREADS": str(self.threads),
+            "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gb),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # vLLM compiles a logprob helper even in eager mode: 3 s warm, 20 s on a fresh machine.
+            "TORCHDYNAMO_DISABLE": "1",
+        }
 
 
 class RolloutActor:
     """One engine. `generate` returns two objects: trajectories (a ref for the reward actor) and the report."""
 
-    def __init__(self, settings: EngineSettings, prompts: list[Any]) -> None:
-        """Start the engine.
-
-        Args:
-            settings: of the engine.
-            prompts: token ids of every prompt of the run, or one ref of that list: a constructor argument that lies in
-                the object store itself could be gone when Ray restarts the actor.
-        """
+    def __init__(self, settings: EngineSettings) -> None:
+        """Start the engine."""
         os.environ.update(settings.environment())  # also when used without Ray
         self._settings = settings
-        self._prompts: list[np.ndarray] = ray.get(prompts[0]) if isinstance(prompts[0], ray.ObjectRef) else prompts
         self._version: int | None = None
         self._llm = make_engine(settings)
 
@@ -78,17 +68,23 @@ class RolloutActor:
         """Load one published version, drop the prefix cache, and answer with what was loaded."""
         start = time.perf_counter()
         self._version = None  # if anything below fails, sampling is refused until a load succeeds
-        self._llm.collective_rpc("start_weight_update")
-        self._llm.collective_rpc("update_weights", args=({"buckets": publication.buckets},))
-        self._llm.collective_rpc("finish_weight_update")
+        if publication.buckets:
+            self.transfer(TransferStep.START, None)
+            self.transfer(TransferStep.UPDATE, {"buckets": publication.buckets})
+            self.transfer(TransferStep.FINISH, None)
         if not self._llm.reset_prefix_cache():
             raise StaleWeightsError("vLLM refused to reset its prefix cache: old keys and values would be reused")
-        loaded = self._llm.collective_rpc("r3hf_loaded_fingerprint")[0]
+        loaded = self._llm.collective_rpc("r3hf_loaded_fingerprint")[0] if publication.buckets else ""
         gap = self._probe_gap(publication.probe) if publication.probe else 0.0
         self._version = publication.version
         return Loaded(
             version=publication.version, fingerprint=loaded, probe_gap=gap, seconds=time.perf_counter() - start
         )
+
+    def transfer(self, step: TransferStep, payload: dict[str, Any] | None) -> None:
+        """One call of vLLM's weight-transfer interface; sampling is refused until `load_weights` proves the rest."""
+        self._version = None
+        self._llm.collective_rpc(step.value, args=() if payload is None else (payload,))
 
     def generate(self, requests: list[Request]) -> tuple[list[Trajectory], GenerateReport]:
         """Sample one response to each request.
@@ -124,12 +120,12 @@ class RolloutActor:
             )
             for request in requests
         ]
-        prompts = [{"prompt_token_ids": self._prompts[request.row].tolist()} for request in requests]
+        prompts = [{"prompt_token_ids": request.token_ids.tolist()} for request in requests]
         return self._llm.generate(prompts, params, use_tqdm=False)
 
     def _trajectory(self, request: Request, output: Any) -> Trajectory | Failure:
         sampled = output.outputs[0]
-        prompt = self._prompts[request.row]
+        prompt = request.token_ids
         tokens = np.asarray(sampled.token_ids, dtype=np.int32)
         logprobs = np.asarray(
             [step[token].logprob for step, token in zip(sampled.logprobs, sampled.token_ids, strict=True)],

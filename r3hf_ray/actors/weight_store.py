@@ -7,6 +7,7 @@ Not promised: delivery. The coordinator sends publications, and every sampler pr
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -44,11 +45,20 @@ class Publication:
 
     version: int
     buckets: list[Any]
-    """Object refs of `list[Tensor]`, owned by the WeightStore."""
+    """Object refs of `list[Tensor]`, owned by the WeightStore; empty where the weights came another way (nccl)."""
     fingerprint: str
     """Fingerprint over all tensors' names and fingerprints, in name order."""
     num_bytes: int
     probe: Probe | None
+
+
+class TransferStep(StrEnum):
+    """The four calls of vLLM's weight-sync client, for backends in which learner and samplers act together (nccl)."""
+
+    INIT = "init_weight_transfer_engine"
+    START = "start_weight_update"
+    UPDATE = "update_weights"
+    FINISH = "finish_weight_update"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +129,7 @@ def publish(store: Any, version: int, tensors: Iterable[Tensor], *, probe: Probe
     return Publication(
         version=version,
         buckets=refs,
-        fingerprint=fingerprint_of_all(fingerprints),
+        fingerprint=fingerprint_of_all(fingerprints) if refs else "",
         num_bytes=num_bytes,
         probe=probe,
     )

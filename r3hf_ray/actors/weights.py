@@ -5,22 +5,28 @@ Backends: `object_ref` (ours, below: any number of readers, late joiners, no GPU
 `worker_extension_cls` names `WorkerExtension`, and importing this module registers the engine.
 """
 
+import socket
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
-from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    WeightSource,
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
+    WeightTransferUpdatePayload,
 )
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from r3hf_ray.actors.weight_store import Tensor, fingerprint, fingerprint_of_all
+from r3hf_ray.actors.weight_store import Tensor, TransferStep, fingerprint, fingerprint_of_all
 
 TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -96,6 +102,59 @@ class WorkerExtension:
     def r3hf_loaded_fingerprint(self) -> str:
         """What the last weight update really loaded."""
         return self.weight_transfer_engine.loaded_fingerprint()
+
+
+class CoordinatorClient:
+    """vLLM's weight-sync client over our coordinator, so that it stays the only submitter to the samplers."""
+
+    def __init__(self, coordinator: Any) -> None:
+        self._coordinator = coordinator
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Samplers join the transfer group."""
+        ray.get(self._coordinator.transfer.remote(TransferStep.INIT, init_info))
+
+    def start_weight_update(self) -> None:
+        """Samplers get ready."""
+        ray.get(self._coordinator.transfer.remote(TransferStep.START, None))
+
+    def update_weights(self, update_info: WeightTransferUpdatePayload) -> None:
+        """Samplers receive, while the sender broadcasts."""
+        ray.get(self._coordinator.transfer.remote(TransferStep.UPDATE, update_info))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Samplers put the weights in place."""
+        ray.get(self._coordinator.transfer.remote(TransferStep.FINISH, None))
+
+
+class LearnerSource(WeightSource):
+    """The policy's full parameters in the samplers' data type, gathered one at a time by all ranks."""
+
+    def __init__(self, parameters: Callable[[], Iterator[tuple[str, torch.Tensor]]], dtype: torch.dtype) -> None:
+        self._parameters, self._dtype = parameters, dtype
+        self._metadata = [ParamMeta(name, dtype, tuple(tensor.shape)) for name, tensor in parameters()]
+
+    def metadata(self) -> list[ParamMeta]:
+        """Names and shapes, in the order of iteration."""
+        return self._metadata
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._parameters():
+            yield name, tensor.to("cuda", self._dtype)
+
+
+def nccl_sender(coordinator: Any, source: LearnerSource, *, rank: int, samplers: int) -> Any:
+    """The NCCL engine of vLLM on the learner's side; `send_weights()` is called by every rank.
+
+    Not yet run on a GPU by this project. The group is fixed: a sampler that dies ends the run.
+    """
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    info = NCCLTrainerInitInfo(
+        master_address=ray.util.get_node_ip_address(), master_port=port, world_size=1 + samplers, rank=rank
+    )
+    return WeightTransferTrainerFactory.trainer_init(info, client=CoordinatorClient(coordinator), source=source)
 
 
 def _as_torch(tensor: Tensor) -> torch.Tensor:

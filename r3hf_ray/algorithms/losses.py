@@ -83,7 +83,7 @@ def value_loss(
     """
     error = (values - returns).masked_fill(~response_mask, 0.0).square()
     if clip_range > 0.0:
-        near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+        near = values.clamp(old_values - clip_range, old_values + clip_range)  # exactly `values` inside the clip
         clipped = (near - returns).masked_fill(~response_mask, 0.0).square()
     else:
         clipped = error

@@ -4,7 +4,7 @@ A record is a dialogue up to the answer, the answers to it, and which answer was
 
 | format | answers | pairs |
 |---|---|---|
-| ``prompt`` | none | none |
+| ``prompt`` | the ``completion``, where there is one | none |
 | ``messages`` | the last assistant turn | none |
 | ``preference``, ``hh``, ``safe_rlhf``, ``tldr_pairs`` | chosen, rejected | (0, 1) |
 | ``ranked``, ``nectar`` | all | every stated preference |
@@ -82,7 +82,8 @@ def parse(row: Mapping[str, Any], form: str) -> Record:
 
 
 def _prompt(row: Mapping[str, Any]) -> Record:
-    return Record(_messages(row["prompt"]), [], [])
+    prompt = _messages(row["prompt"])
+    return Record(prompt, [_answer(row["completion"], prompt)] if "completion" in row else [], [])
 
 
 def _chat(row: Mapping[str, Any]) -> Record:

@@ -105,6 +105,20 @@ def score_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
+def require_score_head(source: str | Path) -> None:
+    """Refuse an encoder before its weights are read: build the reward model without any and look for its head.
+
+    Raises:
+        ModelError: as `score_head`, or there is no sequence classifier of this kind.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(source))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source}: cannot be loaded as reward model: {_first_line(error)}") from error
+    score_head(model)
+
+
 def hidden_states(model: PreTrainedModel, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Last hidden states ``[B, T, H]`` of a model's trunk, without any head."""
     trunk = model.base_model

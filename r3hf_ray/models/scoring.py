@@ -112,7 +112,9 @@ def load_gold(name: str) -> Gold:
     try:
         return vars(importlib.import_module(module))[function]  # type: ignore[no-any-return]
     except (ImportError, KeyError, ValueError) as error:
-        raise ConfigError(f"reward.gold: {name!r} names no function ({error}); write package.module:function") from error
+        raise ConfigError(
+            f"reward.gold: {name!r} names no function ({error}); write package.module:function"
+        ) from error
 
 
 def _pad(trajectories: Sequence[Trajectory]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

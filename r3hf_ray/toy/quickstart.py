@@ -83,7 +83,7 @@ def quickstart(folder: Path, *, seed: int, short: bool, console: Console) -> int
         data = ["--data.source", str(root / "world/prompts.jsonl")]
         ppo = load(PPOConfig, _job("toy_ppo"), [*common, "--run.name", "ppo", *models, *data, *size.overrides])
         result = run_ppo(ppo, resume=False, console=console)
-    accuracy = judged.metrics["eval/heldout/accuracy"]
+    accuracy = judged.metrics["eval/heldout/pair_accuracy"]
     _print_end(console, result, credit, judged.metrics, seconds, time.monotonic() - start)
     missed = [] if short else _missed(result, accuracy)
     for sentence in missed:
@@ -156,7 +156,7 @@ def _print_end(
     total: float,
 ) -> None:
     before, after = result.rows[0], result.rows[-1]
-    accuracy = judged["eval/heldout/accuracy"]
+    accuracy = judged["eval/heldout/pair_accuracy"]
     console.rule("[bold]done[/bold]", align="left")
     console.print(f"gold reward on held-out prompts   {_gold(before)} before, {_gold(after)} after")
     console.print(f"reward model, held-out pairs      {accuracy:.3f} agree with the noisy labels")

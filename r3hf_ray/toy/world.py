@@ -18,7 +18,7 @@ from r3hf_ray.toy.language import Request, gold_reward, make_request, make_token
 from r3hf_ray.toy.sampling import sample_responses
 
 LABEL_TEMPERATURE = 0.7
-"""Better means: the label prefers response a to b with probability sigmoid((gold(a) - gold(b)) / 0.7)."""
+"""In units of gold: a label prefers response a to b with probability sigmoid((gold(a) - gold(b)) / 0.7)."""
 
 
 def make_world(
@@ -26,7 +26,7 @@ def make_world(
     *,
     max_response_tokens: int = 48,
     seed: int = 0,
-    sft_rows: int = 28_000,
+    sft_rows: int = 20_000,
     train_prompts: int = 1920,
     heldout_prompts: int = 512,
 ) -> None:
@@ -77,14 +77,14 @@ def make_ranked(
     *,
     max_response_tokens: int = 48,
     seed: int = 0,
-    groups: int = 3600,
+    groups: int = 2000,
     heldout_pairs: int = 1000,
 ) -> None:
     """Write noisy preferences as ``{"prompt": messages, "responses": [8 texts], "pairs": [[winner, loser], ...]}``.
 
     Of 8 responses to a prompt 4 are the noisy author's and 4 the policy's; each of the 28 pairs has its own noisy
-    label, so they may contradict each other, as people do. The last `heldout_pairs` rows are one pair each, both responses
-    the policy's: the distribution on which the reward model will be used. Gold stays out of the file.
+    label, so they may contradict each other, as people do. The last `heldout_pairs` rows are one pair each, both
+    responses the policy's: the distribution on which the reward model will be used. Gold stays out of the file.
     """
     rng = random.Random(seed_of(seed, "toy preferences"))
     requests = [make_request(rng) for _ in range(groups)]

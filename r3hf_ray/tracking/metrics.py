@@ -163,14 +163,15 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     """One row a step of `folder/metrics.jsonl`, ascending; null becomes NaN.
 
     A restarted run does steps again: the last attempt of a step replaces earlier ones. Rows of the same attempt (a
-    training row and an evaluation row) are merged.
+    training row and an evaluation row) are merged; so is an evaluation that a restart did again for a step it kept.
     """
     by_step: dict[int, dict[str, float]] = {}
     for row in read_jsonl(folder / "metrics.jsonl"):
         values = {key: math.nan if value is None else float(value) for key, value in row.items()}
         seen = by_step.get(int(row[STEP]), {})
-        same_attempt = seen.get(ATTEMPT) == row.get(ATTEMPT)
-        by_step[int(row[STEP])] = seen | values if same_attempt else values
+        evaluation = all(key.startswith("eval/") for key in row.keys() - {STEP, ATTEMPT, TIME})
+        merge = evaluation or seen.get(ATTEMPT) == row.get(ATTEMPT)
+        by_step[int(row[STEP])] = seen | values if merge else values
     return [by_step[step] for step in sorted(by_step)]
 
 

@@ -1,23 +1,60 @@
 """A run's folder: made once, refused if it is there already, with the settings it was started with (layer 4)."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from r3hf_ray.config import Command, ConfigError, RunSection
+from r3hf_ray.config import Command, ConfigError, RunSection, load
 from r3hf_ray.tracking.metrics import next_attempt
+
+PPO_MAY_CHANGE = frozenset(
+    {
+        "run.folder",
+        "run.cpus",
+        "ppo.steps",
+        "tracking",
+        "evaluation",
+        *(f"rollout.{name}" for name in ("actors", "cpus_per_actor", "gpus_per_actor", "threads")),
+        *(f"rollout.{name}" for name in ("kv_cache_gb", "gpu_memory_utilization", "engine_args")),
+        *(f"reward.{name}" for name in ("actors", "cpus_per_actor", "gpus_per_actor", "threads")),
+        *(f"learner.{name}" for name in ("ranks", "cpus_per_rank", "gpus_per_rank", "threads")),
+        *(f"learner.{name}" for name in ("checkpoint_every", "keep_checkpoints", "max_failures")),
+    }
+)
+"""Fields, and whole sections, of `r3hf ppo` that a resumed run may change: how long and where it runs, not what it
+computes."""
+
+
+def check_run(config: Command, run: RunSection, *, resume: bool, may_change: Collection[str] | None = None) -> Path:
+    """Whether `run.folder/run.name` can take this run; nothing is written. Returns its absolute path.
+
+    Args:
+        config: of the run.
+        run: its section of that name.
+        resume: whether an existing folder is to be continued.
+        may_change: fields (`ppo.steps`) and sections (`tracking`) in which a resumed run may differ from its own
+            `config.toml`; None: all of them.
+
+    Raises:
+        ConfigError: the folder exists and `resume` was not asked for: two runs in one folder would mix their records,
+            and Ray Train would quietly take up the old run's checkpoint. Or the resumed run would be another one.
+    """
+    folder = (run.folder / run.name).resolve()
+    if folder.exists() and not resume:
+        raise ConfigError(f"run.name: {run.folder / run.name} exists; use another name or continue it with --resume")
+    if folder.exists() and may_change is not None:
+        _require_same(config, folder, may_change)
+    return folder
 
 
 def open_run(config: Command, run: RunSection, *, resume: bool) -> tuple[Path, int]:
     """Make `run.folder/run.name`, write `config.toml` in it, and return its absolute path and this attempt's number.
 
     Raises:
-        ConfigError: the folder exists and `resume` was not asked for: two runs in one folder would mix their records,
-            and Ray Train would quietly take up the old run's checkpoint.
+        ConfigError: as `check_run`, or the folder cannot be written.
     """
-    folder = (run.folder / run.name).resolve()
-    if folder.exists() and not resume:
-        raise ConfigError(f"run.name: {run.folder / run.name} exists; use another name or continue it with --resume")
+    folder = check_run(config, run, resume=resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(to_toml(config))
@@ -36,6 +73,18 @@ def to_toml(config: Command) -> str:
         "\n".join([f"[{section}]", *(f"{name} = {_value(value)}" for name, value in fields.items())]) + "\n"
         for section, fields in sections.items()
     )
+
+
+def _require_same(config: Command, folder: Path, may_change: Collection[str]) -> None:
+    old, new = load(type(config), folder / "config.toml", []).model_dump(), config.model_dump()
+    for section, fields in new.items():
+        for name, value in fields.items():
+            was, field = old[section][name], f"{section}.{name}"
+            if was != value and not {section, field} & set(may_change):
+                raise ConfigError(
+                    f"{field}: the run in {folder} was started with {was!r} and cannot go on with {value!r}; set it "
+                    "back, or start another run with another run.name"
+                )
 
 
 def _value(value: Any) -> str:

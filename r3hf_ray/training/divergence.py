@@ -128,7 +128,7 @@ def _backward(
     for index in microbatches(inputs.attention_mask.sum(1).tolist(), budget_tokens=config.ppo.microbatch_tokens):
         loss, _ = share(model, inputs.rows(index), config, num_tokens)
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     return total
 
 

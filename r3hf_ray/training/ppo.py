@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 
 from r3hf_ray.algorithms.advantages import next_kl_coef
-from r3hf_ray.algorithms.batching import Batch, collate, microbatches
+from r3hf_ray.algorithms.batching import Batch, collate
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.models import checkpoint
 from r3hf_ray.models.load import eos_ids, load_policy, load_tokenizer
@@ -22,7 +22,6 @@ from r3hf_ray.models.logprobs import Policy
 from r3hf_ray.models.sharding import (
     DTYPES,
     all_reduce_max,
-    all_reduce_sum,
     checkpoint_activations,
     full_parameters,
     grad_norm,
@@ -40,25 +39,12 @@ from r3hf_ray.training.experience import (
     make_experience,
     require_telescoping,
 )
+from r3hf_ray.training.minibatches import Minibatch, plan_minibatches
 from r3hf_ray.training.ppo_losses import LossInputs, Share, critic_share, policy_share
 from r3hf_ray.training.ppo_metrics import experience_metrics, reduce_named, token_rows
 from r3hf_ray.types import ScoredTrajectory
 
 __all__ = ["DivergenceError", "PPOLearner", "Replay", "RewardScale", "TelescopingError", "replay_capsule"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Minibatch:
-    """One optimizer step as this rank sees it."""
-
-    epoch: int
-    number: int
-    rows: list[int]
-    """This rank's rows of the batch; may be none."""
-    inputs: list[LossInputs]
-    """Microbatches, as many on every rank; the last may be fillers."""
-    num_tokens: int
-    """Response tokens over all ranks."""
 
 
 class PPOLearner:
@@ -128,7 +114,8 @@ class PPOLearner:
         with self._timed("advantage"):
             experience = make_experience(batch, seen, error, self.config, scale=self.scale, kl_coef=self.kl_coef)
             inputs = loss_inputs(experience, whiten_advantages=self.config.ppo.whiten_advantages)
-        minibatches = self._minibatches(inputs, minibatch_of)
+        ppo = self.config.ppo
+        minibatches = plan_minibatches(inputs, minibatch_of, count=ppo.minibatches, budget_tokens=ppo.microbatch_tokens)
         steps = [self._optimizer_step(minibatch, batch, inputs) for minibatch in minibatches]
         metrics = experience_metrics(experience, step=self.step, importance=self.config.ppo.importance_cap is not None)
         metrics |= {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
@@ -203,27 +190,7 @@ class PPOLearner:
                 checkpoint_activations(module)
             shard(module, mesh, blocks=learner.shard_blocks, dtype=DTYPES[learner.dtype], keep_float32=head)
 
-    def _minibatches(self, inputs: LossInputs, minibatch_of: list[list[int]]) -> Iterator[_Minibatch]:
-        """All optimizer steps; the ranks first agree on the tokens and the number of microbatches of each."""
-        count = self.config.ppo.minibatches
-        lengths = inputs.attention_mask.sum(1).tolist()
-        rows = [
-            [row for row, its in enumerate(assignment) if its == number]
-            for assignment in minibatch_of
-            for number in range(count)
-        ]
-        groups = [_groups(chosen, lengths, self.config.ppo.microbatch_tokens) for chosen in rows]
-        tokens = torch.stack([inputs.response_mask[chosen].sum() for chosen in rows])
-        num_tokens = all_reduce_sum(tokens).tolist()
-        forwards = all_reduce_max(torch.tensor([len(group) for group in groups], device=self.device)).tolist()
-        for index, chosen in enumerate(rows):
-            epoch, number = divmod(index, count)
-            shares = [inputs.rows(group) for group in groups[index]]
-            shares += [inputs.filler() for _ in range(forwards[index] - len(shares))]
-            total = max(num_tokens[index], 1)
-            yield _Minibatch(epoch=epoch, number=number, rows=chosen, inputs=shares, num_tokens=total)
-
-    def _optimizer_step(self, minibatch: _Minibatch, batch: Batch, inputs: LossInputs) -> dict[str, float]:
+    def _optimizer_step(self, minibatch: Minibatch, batch: Batch, inputs: LossInputs) -> dict[str, float]:
         """Both backward passes, then both steps, so that a capsule holds both models as the losses saw them."""
         with self._timed("train_policy"):
             policy_sums, policy_norm = self._backward(self.policy, policy_share, minibatch)
@@ -247,7 +214,7 @@ class PPOLearner:
         return metrics | {"policy/lr": self.config.optimizer.policy_lr * rate}
 
     def _backward(
-        self, module: nn.Module, share: Callable[..., Share], minibatch: _Minibatch
+        self, module: nn.Module, share: Callable[..., Share], minibatch: Minibatch
     ) -> tuple[dict[str, Tensor], float]:
         """Gradients of all microbatches; sums of this rank's metrics, and the global gradient norm."""
         sums: dict[str, Tensor] = {}
@@ -267,7 +234,7 @@ class PPOLearner:
         optimizer.zero_grad(set_to_none=True)
 
     def _require_finite(
-        self, metrics: dict[str, float], minibatch: _Minibatch, batch: Batch, inputs: LossInputs
+        self, metrics: dict[str, float], minibatch: Minibatch, batch: Batch, inputs: LossInputs
     ) -> None:
         watched = {name: value for name, value in metrics.items() if name.endswith(("/loss", "/grad_norm"))}
         if all(math.isfinite(value) for value in watched.values()):
@@ -286,7 +253,7 @@ class PPOLearner:
         numbers = ", ".join(f"{name} {value:g}" for name, value in watched.items())
         raise DivergenceError(
             f"{', '.join(f'{name} {value}' for name, value in place.items())}: {numbers}; "
-            f"this optimizer step was not taken, and replay_capsule reruns it from {folder}"
+            f"this optimizer step was not taken, and `r3hf replay {folder}` runs it again"
         )
 
     def _warmup(self) -> float:
@@ -342,15 +309,15 @@ def _adamw(module: nn.Module, config: PPOConfig, lr: float) -> AdamW:
     """AdamW whose state exists from the start, at step 0: to write a checkpoint of it then changes nothing."""
     settings = config.optimizer
     optimizer = AdamW(
-        module.parameters(), lr=lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+        module.parameters(),
+        lr=lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,  # one call for all shards: on small models the calls cost more than the arithmetic
     )
     for parameter in module.parameters():
         moment = torch.zeros_like(parameter, requires_grad=False)
-        optimizer.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": moment, "exp_avg_sq": moment.clone()}
+        step = torch.tensor(0.0, device=parameter.device)
+        optimizer.state[parameter] = {"step": step, "exp_avg": moment, "exp_avg_sq": moment.clone()}
     return optimizer
-
-
-def _groups(rows: list[int], lengths: list[int], budget_tokens: int) -> list[list[int]]:
-    """`microbatches` of some rows of a batch, as indices into the batch."""
-    groups = microbatches([lengths[row] for row in rows], budget_tokens=budget_tokens)
-    return [[rows[index] for index in group] for group in groups]

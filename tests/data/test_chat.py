@@ -86,7 +86,7 @@ def test_another_format_is_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, plain_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     save_format(chat_format(tokenizer), tmp_path)
-    with pytest.raises(DataError, match="another prompt format.*chat_template differs"):
+    with pytest.raises(DataError, match=r"another prompt format.*chat_template differs"):
         compare_format(str(tmp_path), plain_tokenizer)
 
 

@@ -48,7 +48,14 @@ def test_all_commands_render_the_same_prompt(tmp_path: Path, tokenizer: PreTrain
 
 
 def test_what_is_left_out_is_listed(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = [pair(1), pair(2, chosen=" "), pair(3, rejected="x" * 100), pair(4), {**pair(5), "prompt": "y" * 60}, pair(6)]
+    rows = [
+        pair(1),
+        pair(2, chosen=" "),
+        pair(3, rejected="x" * 100),
+        pair(4),
+        {**pair(5), "prompt": "y" * 60},
+        pair(6),
+    ]
     loaded = load_pairs(section(tmp_path, rows, max_prompt_tokens=60), tokenizer, max_tokens=80)
     assert loaded.report.left_out == {"empty answer": [2], "over 80 tokens": [3], "prompt over 60 tokens": [5]}
     assert len(loaded.train) == loaded.report.used == 3
@@ -126,5 +133,5 @@ def test_real_pairs(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(prompts.train) == 1598
     assert prompts.train[0].text == (
         "\n\nHuman: You wish you could be a robot.\n\nAssistant: Why do you say that?"
-        "\n\nHuman: Because you’re stuck being a human assistant.\n\nAssistant:"  # noqa: RUF001
+        "\n\nHuman: Because you’re stuck being a human assistant.\n\nAssistant:"
     )

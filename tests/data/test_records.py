@@ -18,6 +18,7 @@ def said(answer: str) -> list[dict[str, str]]:
 SHAPES: list[tuple[str, dict[str, Any], Record]] = [
     ("prompt", {"prompt": "Hi"}, Record(ASKED, [], [])),
     ("prompt", {"prompt": ASKED}, Record(ASKED, [], [])),
+    ("prompt", {"prompt": "Hi", "completion": "Yes"}, Record(ASKED, ["Yes"], [])),
     ("messages", {"messages": said("Yes")}, Record(ASKED, ["Yes"], [])),
     ("preference", {"prompt": "Hi", "chosen": "Yes", "rejected": "No"}, Record(ASKED, ["Yes", "No"], [(0, 1)])),
     (
@@ -87,7 +88,11 @@ def test_several_turns_keep_their_speakers() -> None:
 @pytest.mark.parametrize(
     ("form", "row", "reason"),
     [
-        ("hh", {"chosen": "\n\nHuman: A\n\nAssistant: x", "rejected": "\n\nHuman: B\n\nAssistant: y"}, "no shared prompt"),
+        (
+            "hh",
+            {"chosen": "\n\nHuman: A\n\nAssistant: x", "rejected": "\n\nHuman: B\n\nAssistant: y"},
+            "no shared prompt",
+        ),
         ("hh", {"chosen": "\n\nHuman: A", "rejected": "\n\nHuman: A"}, "no assistant turn"),
         (
             "hh",
@@ -97,7 +102,11 @@ def test_several_turns_keep_their_speakers() -> None:
         ("hh", {"chosen": "A\n\nAssistant: x", "rejected": "A\n\nAssistant: y"}, "no human turn"),
         ("messages", {"messages": ASKED}, "last turn is not"),
         ("messages", {"messages": said("Yes")[1:]}, "no prompt before"),
-        ("safe_rlhf", {"prompt": "Hi", "response_0": "a", "response_1": "b", "better_response_id": -1}, "no preference"),
+        (
+            "safe_rlhf",
+            {"prompt": "Hi", "response_0": "a", "response_1": "b", "better_response_id": -1},
+            "no preference",
+        ),
     ],
 )
 def test_well_formed_rows_may_be_unusable(form: str, row: dict[str, Any], reason: str) -> None:

@@ -160,6 +160,10 @@ def test_an_interrupted_save_leaves_the_older_folder(tiny_models, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save_pretrained(
-            breaks(), folder, config=policy.model.config, generation_config=None, tokenizer=load_tokenizer(tiny_models.policy)
+            breaks(),
+            folder,
+            config=policy.model.config,
+            generation_config=None,
+            tokenizer=load_tokenizer(tiny_models.policy),
         )
     assert (folder / "model.safetensors").read_bytes() == before

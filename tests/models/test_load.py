@@ -6,9 +6,9 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GenerationConfig,
     LlamaConfig,
     LlamaForSequenceClassification,
 )
@@ -69,8 +69,16 @@ def test_a_file_that_is_no_safetensors_is_refused(tiny_models, tmp_path):
 
 
 def test_capped_logits_are_refused(tmp_path):
-    shape = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = Gemma2Config(**shape, num_key_value_heads=2, head_dim=16, final_logit_softcapping=0.5, initializer_range=1.0)
+    shape = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = Gemma2Config(
+        **shape, num_key_value_heads=2, head_dim=16, final_logit_softcapping=0.5, initializer_range=1.0
+    )
     Gemma2ForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="caps or scales"):
         load_policy(tmp_path, torch.float32)
@@ -120,7 +128,9 @@ def test_pad_equal_to_eos_is_replaced_everywhere(tiny_models, tokenizer, tmp_pat
     assert model.get_input_embeddings().weight.shape[0] == model.get_output_embeddings().weight.shape[0] == 41
     tokenizer.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
-    assert AutoTokenizer.from_pretrained(tmp_path).pad_token_id == load_policy(tmp_path, torch.float32).config.pad_token_id
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path).pad_token_id == load_policy(tmp_path, torch.float32).config.pad_token_id
+    )
 
 
 def test_vocabularies_must_agree(tiny_models, tokenizer):

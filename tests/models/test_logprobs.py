@@ -15,7 +15,10 @@ def batch(shapes, width=None, seed=0, pad=0):
     """Random rows of (prompt, response) lengths."""
     width = width or max(p + r for p, r in shapes)
     ids = torch.full((len(shapes), width), pad)
-    attention, response = torch.zeros(len(shapes), width, dtype=torch.bool), torch.zeros(len(shapes), width, dtype=torch.bool)
+    attention, response = (
+        torch.zeros(len(shapes), width, dtype=torch.bool),
+        torch.zeros(len(shapes), width, dtype=torch.bool),
+    )
     for row, (prompt, answer) in enumerate(shapes):
         generator = torch.Generator().manual_seed(1000 * prompt + 10 * answer + seed)
         ids[row, : prompt + answer] = torch.randint(2, 40, (prompt + answer,), generator=generator)

@@ -37,7 +37,9 @@ def test_one_forward_equals_a_call_for_every_prefix(model, plain, suffix):
     for b in range(2):
         prompt, length = int((attention & ~response)[b].sum()), int(attention[b].sum())
         for t in range(prompt, length):
-            torch.testing.assert_close(scores.prefix[b, t], plain(ids[b : b + 1, : t + 1]).logits[0, 0], rtol=0, atol=2e-6)
+            torch.testing.assert_close(
+                scores.prefix[b, t], plain(ids[b : b + 1, : t + 1]).logits[0, 0], rtol=0, atol=2e-6
+            )
         torch.testing.assert_close(scores.prompt[b], plain(ids[b : b + 1, :prompt]).logits[0, 0], rtol=0, atol=2e-6)
         whole = torch.cat([ids[b, :length], torch.tensor(suffix if finished[b] else [], dtype=torch.long)])
         torch.testing.assert_close(scores.pooled[b], plain(whole[None]).logits[0, 0], rtol=0, atol=2e-6)

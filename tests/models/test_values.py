@@ -17,7 +17,7 @@ def rows():
 
 @torch.no_grad()
 def test_a_kept_head_gives_the_normalised_score_of_the_prefix_before_each_token(tiny_models, rows):
-    ids, attention, response = rows
+    response = rows[2]
     critic = critic_from_reward_model(tiny_models.reward, torch.float32, keep_head=True, mean=0.3, scale=2.0)
     values = state_values(critic, *rows)
     scores = prefix_scores(

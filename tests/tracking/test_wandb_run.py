@@ -1,12 +1,9 @@
-import json
 import os
-import struct
 import subprocess
 import sys
 
 import pytest
 import wandb
-from wandb.proto import wandb_internal_pb2
 
 from r3hf_ray.config import TrackingSection
 from r3hf_ray.tracking.metrics import read_jsonl
@@ -41,41 +38,17 @@ def wandb_env(tmp_path, monkeypatch):
     return tmp_path
 
 
-def records(path):
-    """Records of an offline file: 7 bytes, then 32 KiB blocks of <crc32, length, type> + payload, parts joined."""
-    content, at, parts = path.read_bytes(), 7, b""
-    while at + 7 <= len(content):
-        room = 32768 - at % 32768
-        if room < 7:
-            at += room
-            continue
-        _, length, kind = struct.unpack("<IHB", content[at : at + 7])
-        parts += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            parts = b""
-            yield record
-
-
-def history(path):
-    for record in records(path):
-        if record.WhichOneof("record_type") == "history":
-            yield {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-
-
 def run_program(folder):
     # A process of its own: the file is complete only when wandb's service has ended.
     subprocess.run([sys.executable, "-c", PROGRAM, str(folder)], check=True, timeout=120, env=os.environ)
 
 
 @pytest.mark.slow
-def test_the_offline_file_equals_metrics_jsonl(wandb_env, make_run):
+def test_the_offline_file_equals_metrics_jsonl(wandb_env, make_run, wandb_history):
     folder = make_run(wandb_env / "toy")
     run_program(folder)
     (file,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
-    *logged, table = [{k: v for k, v in row.items() if not k.startswith("_")} for row in history(file)]
+    *logged, table = [{k: v for k, v in row.items() if not k.startswith("_")} for row in wandb_history(file)]
     assert logged == read_jsonl(folder / "metrics.jsonl")
     assert table["train/global_step"] == 6
     assert any("samples" in key for key in table)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from r3hf_ray.config import SFTConfig
 from r3hf_ray.training.sft import Example, train_policy
 
-EXAMPLES = [Example(prompt_ids=[1, 5 + i, 20], answer_ids=[30 + i, 31, 40 - i][: 2 + i % 2] + [2]) for i in range(8)]
+EXAMPLES = [Example(prompt_ids=[1, 5 + i, 20], answer_ids=[30 + i, *[31, 40 - i][: 1 + i % 2], 2]) for i in range(8)]
 
 
 def config(base: Path, **sft: object) -> SFTConfig:
@@ -32,7 +32,6 @@ def answer_loss(model: torch.nn.Module, examples: list[Example]) -> float:
     return torch.cat(losses).mean().item()
 
 
-@pytest.mark.slow
 def test_answers_are_learnt_and_nothing_else(base_model: Path, tmp_path: Path) -> None:
     rows: list[tuple[int, dict[str, float]]] = []
     before = answer_loss(AutoModelForCausalLM.from_pretrained(base_model), EXAMPLES)

@@ -10,7 +10,8 @@ from r3hf_ray.training.trl_settings import MetricsCallback, arguments, split_bat
 
 
 @pytest.mark.parametrize(
-    ("batch", "micro", "ranks", "expected"), [(32, 8, 2, (8, 2)), (32, 32, 2, (16, 1)), (15, 5, 1, (5, 3)), (1, 32, 1, (1, 1))]
+    ("batch", "micro", "ranks", "expected"),
+    [(32, 8, 2, (8, 2)), (32, 32, 2, (16, 1)), (15, 5, 1, (5, 3)), (1, 32, 1, (1, 1))],
 )
 def test_batches_are_split_exactly(batch: int, micro: int, ranks: int, expected: tuple[int, int]) -> None:
     size, forwards = split_batch(batch, micro, ranks)

@@ -1,0 +1,43 @@
+"""What each rollout and reward actor of a run is started with (layer 4)."""
+
+from r3hf_ray.actors.rollout import EngineSettings
+from r3hf_ray.config import PPOConfig
+from r3hf_ray.models.scoring import ScoringSettings
+from r3hf_ray.preflight import Plan
+
+
+def engine_settings(config: PPOConfig, plan: Plan) -> EngineSettings:
+    """Of a rollout actor."""
+    rollout = config.rollout
+    return EngineSettings(
+        model=config.model.policy,
+        max_model_len=plan.max_model_len,
+        max_response_tokens=rollout.max_response_tokens,
+        temperature=rollout.temperature,
+        eos_ids=plan.eos_ids,
+        dtype=rollout.dtype,
+        backend=config.weights_backend,
+        threads=rollout.threads,
+        kv_cache_gb=rollout.kv_cache_gb,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        on_gpu=rollout.gpus_per_actor > 0,
+        extra=rollout.engine_args,
+    )
+
+
+def scoring_settings(config: PPOConfig, plan: Plan) -> ScoringSettings:
+    """Of a reward actor."""
+    reward = config.reward
+    return ScoringSettings(
+        reward_model=config.model.reward_model,
+        reference=config.model.reference or config.model.policy,
+        temperature=config.rollout.temperature,
+        mode=reward.mode,
+        beta_c=reward.beta_c,
+        subtract_prompt_score=reward.subtract_prompt_score,
+        suffix_ids=plan.suffix_ids,
+        dtype=reward.dtype,
+        microbatch_tokens=reward.microbatch_tokens,
+        gold=reward.gold,
+        device="cuda" if reward.gpus_per_actor > 0 else "cpu",
+    )

@@ -1,0 +1,317 @@
+"""Real vLLM, tied and untied: what is sampled, and the proof that published weights are the ones that sample.
+
+One actor process holds both engines, since importing vLLM is most of the cost. Transformers is the judge.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray import cloudpickle
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from r3hf_ray.actors.learner import _in_transit
+from r3hf_ray.actors.rollout import EngineSettings, RolloutActor, StaleWeightsError
+from r3hf_ray.actors.weight_store import Loaded, Probe, Publication, WeightStore, publish
+from r3hf_ray.models.logprobs import token_logprobs
+from r3hf_ray.models.sharding import full_parameters
+from r3hf_ray.plan import Request, seed_of
+from r3hf_ray.types import Finish, GenerateReport, Trajectory
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+KINDS = ("untied", "tied")
+BLOCK = 128  # tokens of a cache block on CPU
+EOS = 2
+LIMIT = 12
+TEMPERATURE = 0.7
+PROBE = np.random.default_rng(1).integers(3, 64, BLOCK + 32).tolist()
+
+
+class Samplers:
+    """Both engines in one process, and the sabotage that tests need there."""
+
+    def __init__(self, settings: dict[str, EngineSettings]) -> None:
+        torch.set_num_threads(1)
+        self.of = {kind: RolloutActor(each) for kind, each in settings.items()}
+
+    def load(self, kind: str, publication: Publication) -> Loaded:
+        return self.of[kind].load_weights(publication)
+
+    def generate(self, kind: str, requests: list[Request]) -> tuple[list[Trajectory], GenerateReport]:
+        return self.of[kind].generate(requests)
+
+    def cached_tokens(self, kind: str, requests: list[Request]) -> list[int]:
+        return [output.num_cached_tokens for output in self.of[kind]._sample(requests)]
+
+    def load_without_repacking(self, kind: str, publication: Publication) -> Loaded:
+        from r3hf_ray.actors import weights
+
+        repacking = weights.ObjectRefEngine.finish_weight_update
+
+        def finalize_only(engine: Any) -> None:
+            weights.finalize_layerwise_reload(engine.model, engine.model_config)
+
+        weights.ObjectRefEngine.finish_weight_update = finalize_only
+        try:
+            return self.load(kind, publication)
+        finally:
+            weights.ObjectRefEngine.finish_weight_update = repacking
+
+    def load_without_cache_reset(self, kind: str, publication: Publication) -> Loaded:
+        self.of[kind]._llm.reset_prefix_cache = lambda: False
+        try:
+            return self.load(kind, publication)
+        finally:
+            del self.of[kind]._llm.reset_prefix_cache
+
+    def as_torch(self, bucket: list[Any]) -> list[tuple[str, list[int], bytes]]:
+        """Each tensor as an engine gets it: data type, shape, bytes."""
+        from r3hf_ray.actors.weights import _as_torch
+
+        tensors = map(_as_torch, bucket)
+        return [(str(x.dtype), list(x.shape), bits(x)) for x in tensors]
+
+
+@dataclass
+class World:
+    """The engines, the store, and transformers models whose weights the tests change and publish."""
+
+    samplers: Any
+    store: Any
+    models: dict[str, LlamaForCausalLM]
+    version: int = 0
+
+    def publish(self, kind: str, *, noise_seed: int | None = None) -> Publication:
+        """Publish the model's weights, after noise where a seed is given, with an honest probe."""
+        model = self.models[kind]
+        if noise_seed is not None:
+            generator = torch.Generator().manual_seed(noise_seed)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        self.version += 1
+        probe = Probe(token_ids=PROBE, logprobs=logprobs(model, PROBE, 1, temperature=1.0)[1:].tolist())
+        tensors = _in_transit(full_parameters(model), "float32")
+        return publish(self.store, self.version, tensors, probe=probe, max_bytes=30_000)
+
+    def sync(self, kind: str, *, noise_seed: int | None = None) -> Loaded:
+        return self.call("load", kind, self.publish(kind, noise_seed=noise_seed))
+
+    def call(self, method: str, kind: str, *args: Any) -> Any:
+        return ray.get(getattr(self.samplers, method).remote(kind, *args), timeout=120)
+
+    def generate(self, kind: str, requests: list[Request]) -> list[Trajectory]:
+        trajectories, report = self.call("generate", kind, requests)
+        assert report.infos == [trajectory.info for trajectory in trajectories]
+        assert report.failures == []
+        return trajectories
+
+
+@pytest.fixture(scope="module")
+def world(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    folder = tmp_path_factory.mktemp("models")
+    models = {kind: tiny_llama(tied=kind == "tied") for kind in KINDS}
+    for kind, model in models.items():
+        model.save_pretrained(folder / kind)
+    settings = {kind: engine_settings(folder / kind) for kind in KINDS}
+    samplers = ray.remote(Samplers).options(runtime_env={"env_vars": settings["tied"].environment()}).remote(settings)
+    yield World(samplers, ray.remote(WeightStore).options(num_cpus=0).remote(), models)
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def tiny_llama(*, tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS}
+    config = LlamaConfig(**shape, **ids, max_position_embeddings=512, initializer_range=0.15, tie_word_embeddings=tied)
+    return LlamaForCausalLM(config).eval()
+
+
+def engine_settings(model: Path) -> EngineSettings:
+    return EngineSettings(
+        model=str(model),
+        max_model_len=256,
+        max_response_tokens=LIMIT,
+        temperature=TEMPERATURE,
+        eos_ids=(EOS,),
+        extra={},
+    )
+
+
+def logprobs(model: LlamaForCausalLM, ids: Any, prompt_len: int, *, temperature: float) -> np.ndarray:
+    """Transformers' own, in one plain forward."""
+    ids = torch.tensor(np.asarray(ids, np.int64))[None]
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1] / temperature
+    chosen = torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0]
+    return torch.cat([torch.zeros(prompt_len), chosen[prompt_len - 1 :]]).numpy()
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def requests_of(prompts: list[list[int]], *, samples: int = 1) -> list[Request]:
+    return [
+        Request(
+            row=row, token_ids=np.asarray(ids, np.int32), prompt_id=row, sample=sample, seed=seed_of(7, row, sample)
+        )
+        for row, ids in enumerate(prompts)
+        for sample in range(samples)
+    ]
+
+
+def random_prompt(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 64, length).tolist()
+
+
+def prompts() -> list[list[int]]:
+    """Short ones, one longer than a cache block, and one that shares its first block."""
+    long = random_prompt(0, BLOCK + 30)
+    return [*(random_prompt(seed, 3 + seed) for seed in range(1, 6)), long, long[: BLOCK + 5] + random_prompt(9, 4)]
+
+
+def as_rows(trajectories: list[Trajectory]) -> dict[tuple[int, int], tuple[bytes, bytes]]:
+    return {(t.prompt_id, t.sample): (t.token_ids.tobytes(), t.behavior_logprobs.tobytes()) for t in trajectories}
+
+
+def test_sampling_before_any_load_is_refused(world: World) -> None:
+    for kind in KINDS:
+        with pytest.raises(StaleWeightsError, match="no published weights yet"):
+            world.call("generate", kind, requests_of([[5, 6]]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_each_sync_behaviour_logprobs_are_those_of_the_new_weights(world: World, kind: str) -> None:
+    before = None
+    for noise_seed in (1, 2):
+        publication = world.publish(kind, noise_seed=noise_seed)
+        loaded = world.call("load", kind, publication)
+        assert (loaded.version, loaded.fingerprint) == (publication.version, publication.fingerprint)
+        assert loaded.probe_gap < 3e-6
+        assert len(publication.buckets) > 1
+
+        asked = requests_of(prompts())
+        trajectories = world.generate(kind, asked[:-1]) + world.generate(kind, asked[-1:])
+        for trajectory in trajectories:
+            expected = logprobs(
+                world.models[kind], trajectory.token_ids, trajectory.prompt_len, temperature=TEMPERATURE
+            )
+            np.testing.assert_allclose(trajectory.behavior_logprobs, expected, rtol=0, atol=1e-5)
+            assert trajectory.policy_version == publication.version
+        rows = as_rows(trajectories)
+        assert rows != before, "other weights sample otherwise"
+        before = rows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_is_reused_until_new_weights_arrive(world: World, kind: str) -> None:
+    world.sync(kind)
+    *_, long, sibling = requests_of(prompts())
+    assert world.call("cached_tokens", kind, [long]) == [0]
+    assert world.call("cached_tokens", kind, [sibling]) == [BLOCK]
+    world.sync(kind)
+    assert world.call("cached_tokens", kind, [sibling]) == [0]
+
+
+def test_behaviour_logprobs_are_the_learners_own(world: World) -> None:
+    world.sync("tied")
+    trajectory = world.generate("tied", requests_of([random_prompt(3, 9)]))[0]
+    ids = torch.tensor(trajectory.token_ids, dtype=torch.long)[None]
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    response = everywhere.clone()
+    response[:, : trajectory.prompt_len] = False
+    with torch.no_grad():
+        ours = token_logprobs(world.models["tied"], ids, everywhere, response, temperature=TEMPERATURE)[0]
+    np.testing.assert_allclose(trajectory.behavior_logprobs, ours.numpy(), rtol=0, atol=1e-5)
+
+
+def test_tokens_are_as_sampled_with_eos_and_a_finish(world: World) -> None:
+    world.sync("untied")
+    asked = requests_of([random_prompt(seed, 4) for seed in range(10)], samples=3)
+    trajectories = world.generate("untied", [replace(request, attempt=2) for request in asked])
+    assert {trajectory.finish for trajectory in trajectories} == {Finish.EOS, Finish.LENGTH}
+    for request, trajectory in zip(asked, trajectories, strict=True):
+        prompt, response = np.split(trajectory.token_ids, [trajectory.prompt_len])
+        np.testing.assert_array_equal(prompt, request.token_ids)
+        assert (trajectory.prompt_id, trajectory.sample, trajectory.attempt) == (request.prompt_id, request.sample, 2)
+        assert not trajectory.behavior_logprobs[: trajectory.prompt_len].any()
+        assert (trajectory.behavior_logprobs[trajectory.prompt_len :] < 0).all()
+        if trajectory.finish is Finish.EOS:
+            assert response.tolist().count(EOS) == 1
+            assert response[-1] == EOS
+        else:
+            assert len(response) == LIMIT
+            assert EOS not in response
+    by_prompt = {request.prompt_id: set() for request in asked}
+    for trajectory in trajectories:
+        by_prompt[trajectory.prompt_id].add(trajectory.token_ids.tobytes())
+    assert all(len(different) > 1 for different in by_prompt.values()), "each sample has its own seed"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_seeds_decide_every_bit_however_requests_are_chunked(world: World, kind: str) -> None:
+    asked = requests_of(prompts(), samples=3)
+    chunkings: list[Callable[[], list[list[Request]]]] = [
+        lambda: [asked],
+        lambda: [[request] for request in reversed(asked)],
+        lambda: [asked[i : i + 4] for i in range(0, len(asked), 4)],
+    ]
+    seen = []
+    for chunks in chunkings:
+        world.sync(kind)
+        seen.append(as_rows([t for chunk in chunks() for t in world.generate(kind, chunk)]))
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_the_probe_catches_a_stale_output_head_that_fingerprints_cannot(world: World) -> None:
+    """vLLM 0.32 on CPU keeps the packed old embedding as lm_head when embeddings are tied, without an error."""
+    publication = world.publish("tied", noise_seed=3)
+    loaded = world.call("load_without_repacking", "tied", publication)
+    assert loaded.fingerprint == publication.fingerprint
+    assert loaded.probe_gap > 0.05, "the trap is gone from vLLM: the repacking is no longer needed"
+    assert world.sync("tied").probe_gap < 3e-6
+
+
+def test_weights_behind_an_old_prefix_cache_are_refused(world: World) -> None:
+    with pytest.raises(StaleWeightsError, match="reset its prefix cache"):
+        world.call("load_without_cache_reset", "untied", world.publish("untied"))
+    with pytest.raises(StaleWeightsError, match="no published weights yet"):
+        world.call("generate", "untied", requests_of([[5, 6]]))
+    world.sync("untied")
+    assert world.generate("untied", requests_of([[5, 6]]))
+
+
+def test_after_a_load_that_failed_nothing_is_sampled(world: World) -> None:
+    publication = world.publish("untied")
+    with pytest.raises(ray.exceptions.RayTaskError):
+        world.call("load", "untied", replace(publication, buckets=[ray.put("not a bucket")]))
+    with pytest.raises(StaleWeightsError, match="no published weights yet"):
+        world.call("generate", "untied", requests_of([[5, 6]]))
+    assert world.call("load", "untied", publication).probe_gap < 3e-6
+    assert world.generate("untied", requests_of([[5, 6]]))
+
+
+def test_another_models_weights_show_in_fingerprint_and_probe(world: World) -> None:
+    honest = world.publish("untied")
+    other = world.publish("untied", noise_seed=4)
+    loaded = world.call("load", "untied", replace(honest, buckets=other.buckets))
+    assert loaded.fingerprint == other.fingerprint != honest.fingerprint
+    assert loaded.probe_gap > 0.05
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_tensor_arrives_in_the_engine_with_every_bit(world: World, dtype: str) -> None:
+    values = torch.tensor([[1.0, -2.5, 3.1415927], [1e-30, float("inf"), -0.0]])
+    sent = list(_in_transit(iter([("a", values), ("b", values.T), ("c", values[0, 0])]), dtype))
+    expected = [x.to(getattr(torch, dtype)).contiguous() for x in (values, values.T, values[0, 0])]
+    arrived = ray.get(world.samplers.as_torch.remote(sent))
+    assert arrived == [(f"torch.{dtype}", list(x.shape), bits(x)) for x in expected]

@@ -4,7 +4,6 @@ The learner group runs in a thread (`TorchTrainer.fit()` blocks). Only this proc
 `events.jsonl` and talks to wandb. No tensor passes through here.
 """
 
-import math
 import os
 import threading
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import AuthenticationError, RayError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from rich.console import Console
@@ -98,7 +98,7 @@ def run_ppo(config: PPOConfig, *, resume: bool, console: Console) -> RunResult:
     plan = check(config)
     config = _with_absolute_models(config)
     if config.run.cpus is not None and "RAY_ADDRESS" not in os.environ and not ray.is_initialized():
-        check_resources(config, {"CPU": config.run.cpus, "GPU": math.inf})
+        check_resources(config, {"CPU": config.run.cpus, "GPU": torch.cuda.device_count()})
     check_run(config, config.run, resume=resume, may_change=PPO_MAY_CHANGE)
     with ray_session(config.run.cpus):
         check_resources(config, ray.cluster_resources())

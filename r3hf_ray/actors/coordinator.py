@@ -33,6 +33,9 @@ from r3hf_ray.config import PPOConfig
 from r3hf_ray.plan import Request, deal_to_ranks, minibatch_of, seed_of, split_evenly, step_requests
 from r3hf_ray.types import Finish, ScoreInfo
 
+Row = dict[str, int | float]
+"""Metrics of one step by name; counts are integers."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
@@ -46,7 +49,7 @@ class Share:
     """Responses of the step over all ranks."""
     golds: dict[tuple[int, int], float | None]
     """(prompt_id, sample) -> gold score, where there is a judge."""
-    metrics: dict[str, float]
+    metrics: Row
     """Scalars of the step that only the coordinator knows."""
 
 
@@ -54,7 +57,7 @@ class Share:
 class Snapshot:
     """What the driver shows and writes; scalars and words."""
 
-    rows: list[dict[str, float]]
+    rows: list[Row]
     events: list[dict[str, Any]]
     stages: dict[str, str]
     failed: str | None
@@ -96,7 +99,7 @@ class Coordinator:
         """
         self._config = config
         self._prompts, self._heldout = prompts, heldout
-        self._rows: list[dict[str, float]] = []
+        self._rows: list[Row] = []
         self._events = Events()
         self._verdict = Verdict(self._events)
         self._pipeline = Pipeline(
@@ -110,7 +113,7 @@ class Coordinator:
         self._first_attempt, self._attempt = attempt, attempt - 1
         self._tasks: set[asyncio.Task[Any]] = set()
         self._steps: dict[int, _Step] = {}
-        self._confirmed: dict[int, asyncio.Task[dict[str, float]]] = {}
+        self._confirmed: dict[int, asyncio.Task[Row]] = {}
         self._calibration = (0.0, 1.0)
         self._calibrated, self._published = asyncio.Event(), asyncio.Event()
         self._slots = asyncio.Semaphore(0)
@@ -174,7 +177,7 @@ class Coordinator:
             self._events.stage("learner", f"training on step {step + 1}")
         return self._share(self._step(step), step, rank)
 
-    async def report(self, step: int, metrics: dict[str, float]) -> None:
+    async def report(self, step: int, metrics: Row) -> None:
         """Close the metrics row of `step` (PPO steps done) once its weights are confirmed at the samplers."""
         loaded = await self._confirmed[step]
         row = {"train/global_step": step, "attempt": self._attempt, "time": time.time()}
@@ -298,7 +301,7 @@ class Coordinator:
 
     # ------------------------------------------------------------------ weights
 
-    async def _confirm(self, publication: Publication, loads: list[tuple[Member, Any]]) -> dict[str, float]:
+    async def _confirm(self, publication: Publication, loads: list[tuple[Member, Any]]) -> Row:
         """Every sampler must show that it runs what was published; otherwise the run ends."""
         self._published.set()
         proofs = [await self._pipeline.proven(member, publication, ref) for member, ref in loads]
@@ -335,7 +338,7 @@ class Coordinator:
             for epoch in range(ppo.epochs)
         ]
         golds = [sample.info.gold for sample in batch.samples if sample.info.gold is not None]
-        metrics: dict[str, float] = {
+        metrics: Row = {
             "rollout/failed": batch.tally.quarantined,
             "rollout/retried": batch.tally.retried,
             "time/rollout": batch.tally.rollout_seconds,
@@ -362,7 +365,7 @@ class Coordinator:
         return task
 
 
-def evaluation_metrics(infos: list[ScoreInfo]) -> dict[str, float]:
+def evaluation_metrics(infos: list[ScoreInfo]) -> Row:
     """Means over held-out prompts, with the standard error of the gold score."""
     golds = [info.gold for info in infos if info.gold is not None]
     lengths = [info.info.length - info.info.prompt_len for info in infos]

@@ -51,6 +51,7 @@ class Scorer:
         self._gold = load_gold(settings.gold) if settings.gold else None
         self._tokenizer = load_tokenizer(settings.reference) if settings.gold else None
 
+    @torch.no_grad()
     def score(self, trajectories: Sequence[Trajectory]) -> list[ScoredTrajectory | Failure]:
         """Score each trajectory, in order; one whose reward is not finite is a failure, never data."""
         results: dict[int, ScoredTrajectory | Failure] = {}
@@ -75,7 +76,6 @@ class Scorer:
         prompt, response = np.split(trajectory.token_ids, [trajectory.prompt_len])
         return float(self._gold(self._tokenizer.decode(prompt.tolist()), self._tokenizer.decode(response.tolist())))
 
-    @torch.no_grad()
     def _score(self, trajectories: Sequence[Trajectory]) -> Iterator[ScoredTrajectory | Failure]:
         """One microbatch: one forward of the reward model, one of the reference."""
         settings = self._settings

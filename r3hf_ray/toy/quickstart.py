@@ -34,8 +34,8 @@ LINE_SECONDS = 5.0
 class Size:
     """How much of everything."""
 
-    sft_rows: int = 28_000
-    groups: int = 3_600
+    sft_rows: int = 20_000
+    groups: int = 2_000
     heldout_pairs: int = 1_000
     credit_responses: int = 400
     overrides: tuple[str, ...] = ()

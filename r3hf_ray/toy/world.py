@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from r3hf_ray.plan import seed_of
-from r3hf_ray.toy.language import Request, gold_reward, make_request, make_tokenizer, noisy_response
+from r3hf_ray.toy.author import noisy_response
+from r3hf_ray.toy.language import Request, gold_reward, make_request, make_tokenizer
 from r3hf_ray.toy.sampling import sample_responses
 
 LABEL_TEMPERATURE = 0.7

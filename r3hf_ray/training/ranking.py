@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
+from r3hf_ray.models.sharding import all_reduce_sum
 from r3hf_ray.plan import stream_row
 
 
@@ -64,14 +65,11 @@ def train_ranked(
 
     Args:
         model: a decoder-only sequence classifier with one label, its ``score`` head in float32.
-        groups: the data; it is passed over in a seeded order, as often as the steps need.
-        pad_id: fills the right of shorter rows; it is masked.
+        groups: passed over in a seeded order, as often as the steps need.
+        pad_id: fills the right of shorter rows; masked.
         learning_rate: peak; linear warm-up over `warmup_steps`, then linear decay to 0, as TRL's trainers do it.
-        steps: optimizer steps.
         groups_per_step: groups of one optimizer step over all ranks.
-        seed: of the order of the groups.
         on_step: called on every rank with the step (from 1) and that step's global metrics.
-        warmup_steps: in optimizer steps.
         center_coef: weight of the squared sum of a pair's scores, which holds the mean score near 0.
         microbatch_size: responses of one forward on one rank; a larger group is forwarded alone.
         max_grad_norm: of gradient clipping.
@@ -84,8 +82,7 @@ def train_ranked(
         FloatingPointError: the loss or a gradient is not finite; the step is not taken.
     """
     _check(groups)
-    for parameter in model.parameters():
-        _broadcast(parameter.data)
+    _broadcast(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
     model.train()
     history: list[dict[str, float]] = []
@@ -96,9 +93,8 @@ def train_ranked(
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         if not torch.isfinite(norm + sums[0]):
             raise FloatingPointError(f"reward model: loss or gradient is not finite at step {step + 1}")
-        warm, left = (step + 1) / (warmup_steps + 1), (steps - step) / max(1, steps - warmup_steps)
         for settings in optimizer.param_groups:
-            settings["lr"] = learning_rate * min(warm, left)
+            settings["lr"] = learning_rate * _schedule(step, steps, warmup_steps)
         optimizer.step()
         optimizer.zero_grad()
         history.append({"loss": sums[0].item(), "accuracy": sums[1].item(), "grad_norm": norm.item()})
@@ -125,8 +121,13 @@ def pair_accuracy(
         margins = _margins(model, batch, pad_id)[0].double()
         wins = (margins > 0).sum() + 0.5 * (margins == 0).sum()
         counts += torch.stack([wins.cpu(), torch.tensor(len(margins), dtype=torch.float64)])
-    _sum_over_ranks(counts)
+    all_reduce_sum(counts)
     return (counts[0] / counts[1]).item()
+
+
+def _schedule(step: int, steps: int, warmup_steps: int) -> float:
+    """Share of the peak learning rate at a step (from 0)."""
+    return min((step + 1) / (warmup_steps + 1), (steps - step) / max(1, steps - warmup_steps))
 
 
 def _check(groups: Sequence[RankedGroup]) -> None:
@@ -148,8 +149,8 @@ def _backward(
     for parameter in model.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        _sum_over_ranks(parameter.grad)
-    _sum_over_ranks(sums)
+        all_reduce_sum(parameter.grad)
+    all_reduce_sum(sums)
     return sums
 
 
@@ -182,11 +183,7 @@ def _own_share(groups: Sequence[RankedGroup]) -> Sequence[RankedGroup]:
     return groups[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else groups
 
 
-def _sum_over_ranks(tensor: Tensor) -> None:
+def _broadcast(model: PreTrainedModel) -> None:
     if dist.is_initialized():
-        dist.all_reduce(tensor)
-
-
-def _broadcast(tensor: Tensor) -> None:
-    if dist.is_initialized():
-        dist.broadcast(tensor, src=0)
+        for parameter in model.parameters():
+            dist.broadcast(parameter.data, src=0)

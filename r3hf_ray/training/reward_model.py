@@ -166,5 +166,4 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _rows(pairs: Sequence[Pair]) -> Dataset:
     chosen, rejected = ([p.prompt_ids + p.chosen_ids for p in pairs], [p.prompt_ids + p.rejected_ids for p in pairs])
-    lengths = [max(map(len, both)) for both in zip(chosen, rejected, strict=True)]
-    return Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected, "length": lengths})
+    return Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected})

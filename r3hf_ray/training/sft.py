@@ -80,6 +80,5 @@ def _rows(examples: Sequence[Example]) -> Dataset:
         {
             "input_ids": [e.prompt_ids + e.answer_ids for e in examples],
             "labels": [[IGNORED] * len(e.prompt_ids) + e.answer_ids for e in examples],
-            "length": [len(e.prompt_ids) + len(e.answer_ids) for e in examples],
         }
     )

@@ -6,17 +6,15 @@ from types import ModuleType
 
 import pytest
 
+from r3hf_ray.toy.author import noisy_response
 from r3hf_ray.toy.language import (
-    EOS,
     FACTS,
     VOCABULARY,
     facts_in_reach,
     gold_credit,
     gold_reward,
     gold_reward_24,
-    make_request,
     make_tokenizer,
-    noisy_response,
     phrase_ids,
     read_request,
 )
@@ -110,22 +108,6 @@ def test_tokenizer_round_trip_and_chat_template(tmp_path: Path) -> None:
     assert len(prompt) == 5
     whole = tokenizer.apply_chat_template([user, answer], return_dict=False)
     assert whole == prompt + tokenizer.encode(answer["content"]), "nothing between prompt and answer, nothing after"
-
-
-def test_author_is_seeded_cut_at_the_limit_and_mediocre() -> None:
-    def write(seed: int) -> list[tuple[str, str]]:
-        rng = random.Random(seed)
-        requests = [make_request(rng) for _ in range(1000)]
-        return [(request.text, noisy_response(request, 48, rng)) for request in requests]
-
-    texts = write(3)
-    assert texts == write(3)
-    lengths = [len(response.split()) for _, response in texts]
-    finished = [response.endswith(EOS) for _, response in texts]
-    assert max(lengths) == 48
-    assert all(ended or length == 48 for ended, length in zip(finished, lengths, strict=True))
-    assert 0.7 < sum(finished) / 1000 < 0.95
-    assert 1.5 < sum(gold_reward(*text) for text in texts) / 1000 < 2.3  # of at most 11.5
 
 
 @pytest.fixture

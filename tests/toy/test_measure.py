@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForSequenceClassification
 
-from r3hf_ray.toy.language import gold_credit, make_request, noisy_response
+from r3hf_ray.toy.author import noisy_response
+from r3hf_ray.toy.language import gold_credit, make_request
 from r3hf_ray.toy.measure import (
     credit_quality,
     policy_gold,

@@ -70,6 +70,14 @@ def test_training_and_evaluation_rows_of_one_attempt_are_merged(tmp_path):
     assert (row["loss"], row["gold"]) == (1.0, 4.0)
 
 
+def test_an_evaluation_done_again_after_a_restart_keeps_the_training_row(tmp_path):
+    with JsonlLog(tmp_path / "metrics.jsonl") as log:
+        log.write(step_row(2, loss=1.0))
+        log.write(step_row(2, attempt=1, **{"eval/heldout/score/mean": 4.0}))
+    (row,) = read_metrics(tmp_path)
+    assert (row["loss"], row["eval/heldout/score/mean"]) == (1.0, 4.0)
+
+
 def test_numbers_that_are_not_finite_are_null_on_disk_and_nan_when_read(tmp_path):
     with JsonlLog(tmp_path / "metrics.jsonl") as log:
         log.write(step_row(1, a=math.nan, b=math.inf, c=np.float32("nan")))

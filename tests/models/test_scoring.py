@@ -1,0 +1,219 @@
+"""One process of scoring: rewards that add up, at the reward model's own position, and failures that are never data."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from r3hf_ray.config import ConfigError
+from r3hf_ray.models.scoring import Scorer, ScoringSettings, load_gold
+from r3hf_ray.types import Failure, Finish, ScoredTrajectory, Trajectory
+
+EOS = 2
+SUFFIX = (7, 9)
+TEMPERATURE = 0.7
+
+
+def trajectory(prompt_id: int, prompt_len: int, response: list[int], finish: Finish) -> Trajectory:
+    ids = np.random.default_rng(prompt_id).integers(3, 39, prompt_len).tolist() + response
+    behavior = np.zeros(len(ids), np.float32)
+    behavior[prompt_len:] = -1.0
+    return Trajectory(
+        prompt_id=prompt_id,
+        sample=0,
+        attempt=0,
+        policy_version=3,
+        prompt_len=prompt_len,
+        finish=finish,
+        token_ids=np.asarray(ids, np.int32),
+        behavior_logprobs=behavior,
+    )
+
+
+ENDED = trajectory(0, 4, [10, 11, 12, EOS], Finish.EOS)
+CUT = trajectory(1, 6, [13, 14, 15, 16, 17], Finish.LENGTH)
+SHORT = trajectory(2, 2, [EOS], Finish.EOS)
+LONG = trajectory(3, 9, [20, 21, 22, 23, 24, 25, 26, 27, EOS], Finish.EOS)
+ALL = [ENDED, CUT, SHORT, LONG]
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_models: Any) -> ScoringSettings:
+    return ScoringSettings(
+        reward_model=str(tiny_models.reward),
+        reference=str(tiny_models.policy),
+        temperature=TEMPERATURE,
+        suffix_ids=SUFFIX,
+    )
+
+
+@pytest.fixture(scope="module")
+def scorer(settings: ScoringSettings) -> Scorer:
+    return Scorer(settings)
+
+
+@pytest.fixture(scope="module")
+def plain_score(tiny_models: Any) -> Callable[[list[int]], float]:
+    """Transformers' own classifier on one unpadded row."""
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_models.reward).eval()
+
+    def score(ids: list[int]) -> float:
+        with torch.no_grad():
+            return float(model(torch.tensor([ids])).logits[0, 0])
+
+    return score
+
+
+def scored(scorer: Scorer, trajectories: list[Trajectory]) -> list[ScoredTrajectory]:
+    results = scorer.score(trajectories)
+    assert all(isinstance(item, ScoredTrajectory) for item in results)
+    assert [item.trajectory for item in results] == trajectories
+    return results
+
+
+def test_score_is_read_behind_the_suffix_after_eos_and_at_the_cut_otherwise(
+    scorer: Scorer, plain_score: Callable[[list[int]], float]
+) -> None:
+    for item in scored(scorer, ALL):
+        ids = item.trajectory.token_ids.tolist()
+        suffix = list(SUFFIX) if item.trajectory.finish is Finish.EOS else []
+        assert item.score == pytest.approx(plain_score(ids + suffix), abs=2e-6)
+        assert item.prompt_score == pytest.approx(plain_score(ids[: item.trajectory.prompt_len]), abs=2e-6)
+    assert plain_score(ENDED.token_ids.tolist()) != pytest.approx(plain_score([*ENDED.token_ids, *SUFFIX]), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, lambda item: item.score - item.prompt_score),
+        ({"subtract_prompt_score": False}, lambda item: item.score),
+        ({"mode": "terminal"}, lambda item: item.score),
+        ({"beta_c": 0.25}, lambda item: item.score - 0.25 * item.prompt_score),
+    ],
+)
+def test_token_rewards_add_up_to_the_score(
+    settings: ScoringSettings, change: dict[str, Any], expected: Callable[[ScoredTrajectory], float]
+) -> None:
+    for item in scored(Scorer(replace(settings, **change)), ALL):
+        prompt, response = np.split(item.token_rewards, [item.trajectory.prompt_len])
+        assert not prompt.any()
+        assert response.astype(np.float64).sum() == pytest.approx(expected(item), abs=2e-6)
+        if change.get("mode") == "terminal":
+            assert not response[:-1].any()
+            assert response[-1] == np.float32(item.score)
+
+
+def test_each_token_earns_what_it_adds_to_the_prefix_score(
+    scorer: Scorer, plain_score: Callable[[list[int]], float]
+) -> None:
+    (item,) = scored(scorer, [LONG])
+    ids, start = LONG.token_ids.tolist(), LONG.prompt_len
+    prefixes = [plain_score(ids[:end]) for end in range(start, len(ids))] + [plain_score(ids + list(SUFFIX))]
+    np.testing.assert_allclose(item.token_rewards[start:], np.diff(prefixes), rtol=0, atol=4e-6)
+    np.testing.assert_allclose(item.prefix_scores[start:], prefixes[1:], rtol=0, atol=2e-6)
+    assert not item.prefix_scores[:start].any()
+
+
+def test_reference_logprobs_are_at_the_sampling_temperature(scorer: Scorer, tiny_models: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_models.policy).eval()
+    for item in scored(scorer, ALL):
+        ids, start = torch.tensor(item.trajectory.token_ids.tolist()), item.trajectory.prompt_len
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(ids[None]).logits[0] / TEMPERATURE, -1)
+        expected = [float(logprobs[t - 1, ids[t]]) for t in range(start, len(ids))]
+        np.testing.assert_allclose(item.ref_logprobs[start:], expected, rtol=0, atol=1e-5)
+        assert not item.ref_logprobs[:start].any()
+
+
+@pytest.mark.parametrize("budget", [1, 20, 30])
+def test_microbatches_change_nothing(settings: ScoringSettings, scorer: Scorer, budget: int) -> None:
+    small = Scorer(replace(settings, microbatch_tokens=budget))
+    for ours, theirs in zip(scored(small, ALL), scored(scorer, ALL), strict=True):
+        for name in ("token_rewards", "prefix_scores", "ref_logprobs", "score", "prompt_score"):
+            np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-5)
+
+
+def test_the_same_ids_give_the_same_bits(scorer: Scorer) -> None:
+    """Reward actors may be run again by Ray."""
+    for first, again in zip(scored(scorer, ALL), scored(scorer, ALL), strict=True):
+        assert first.token_rewards.tobytes() == again.token_rewards.tobytes()
+        assert first.ref_logprobs.tobytes() == again.ref_logprobs.tobytes()
+
+
+def test_nothing_to_score_is_nothing(scorer: Scorer) -> None:
+    assert scorer.score([]) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "mode"), [("_reward_model", "r3hf"), ("_reward_model", "terminal"), ("_reference", "r3hf")]
+)
+def test_a_number_that_is_not_finite_is_a_failure_and_the_others_stay(
+    settings: ScoringSettings, scorer: Scorer, part: str, mode: str
+) -> None:
+    """Token 16, which only CUT has, breaks the model; the other rows share its microbatch."""
+    broken = Scorer(replace(settings, mode=mode))
+    sound = broken.score(ALL)
+    with torch.no_grad():
+        getattr(broken, part).get_input_embeddings().weight[16] = float("nan")
+    results = broken.score(ALL)
+    failure = results[1]
+    assert isinstance(failure, Failure)
+    assert (failure.prompt_id, failure.sample, failure.stage) == (1, 0, "score")
+    assert "not finite" in failure.reason
+    for ours, theirs in zip(results[:1] + results[2:], sound[:1] + sound[2:], strict=True):
+        np.testing.assert_array_equal(ours.token_rewards, theirs.token_rewards)
+
+
+def test_a_reward_head_that_is_nan_never_becomes_data(settings: ScoringSettings) -> None:
+    broken = Scorer(settings)
+    broken._reward_model.score.weight.data.fill_(float("nan"))
+    assert [type(item) for item in broken.score(ALL)] == [Failure] * len(ALL)
+
+
+def test_results_have_the_trajectorys_length_and_no_batch_behind_them(scorer: Scorer) -> None:
+    """A view would carry the padded batch through the object store."""
+    for item in scored(scorer, ALL):
+        for array in (item.token_rewards, item.prefix_scores, item.ref_logprobs):
+            assert array.shape == item.trajectory.token_ids.shape
+            assert torch.from_numpy(array).untyped_storage().nbytes() == array.nbytes
+            assert array.base is None or array.base.nbytes == array.nbytes
+
+
+@pytest.fixture
+def judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module that a user might have."""
+    lines = ["heard = []", "def length(prompt, response):", "    heard.append((prompt, response))"]
+    source = "\n".join([*lines, "    return len(response.split())"])
+    (tmp_path / "my_judges.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_judges", raising=False)
+    return "my_judges"
+
+
+def test_the_gold_judge_hears_prompt_and_response_as_text(settings: ScoringSettings, judges: str) -> None:
+    scorer = Scorer(replace(settings, gold=f"{judges}:length"))
+    infos = [scorer.judge(item) for item in scored(scorer, [ENDED, CUT])]
+    assert [info.gold for info in infos] == [4.0, 5.0]
+    assert all(type(info.gold) is float for info in infos)
+    heard = sys.modules[judges].heard
+    assert heard[0][1] == "w6 w7 w8 <eos>", "special tokens are kept"
+    assert heard[1] == (" ".join(f"w{i - 4}" for i in CUT.token_ids[:6]), "w9 w10 w11 w12 w13")
+
+
+def test_without_a_judge_there_is_no_gold_score(scorer: Scorer) -> None:
+    (item,) = scored(scorer, [ENDED])
+    info = scorer.judge(item)
+    assert info.gold is None
+    assert (info.info, info.score, info.prompt_score) == (ENDED.info, item.score, item.prompt_score)
+
+
+@pytest.mark.parametrize("name", ["my_judges:absent", "no_such_module:length", "my_judges", ":length", ""])
+def test_a_judge_that_is_not_there_is_a_configuration_error(judges: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"reward\.gold: .*write package\.module:function"):
+        load_gold(name)

@@ -1,0 +1,89 @@
+"""A run's folder: made once, continued only as the same run."""
+
+from pathlib import Path
+
+import pytest
+
+from r3hf_ray.config import ConfigError, PPOConfig, SFTConfig, load
+from r3hf_ray.tracking.metrics import JsonlLog
+from r3hf_ray.tracking.run_folder import PPO_MAY_CHANGE, check_run, open_run, to_toml
+
+MODELS = {"policy": "models/policy", "reward_model": "models/reward"}
+
+
+def ppo(folder: Path, **sections: dict) -> PPOConfig:
+    run = {"name": "a-run", "folder": folder} | sections.pop("run", {})
+    return PPOConfig(run=run, model=MODELS, data={"source": "prompts.jsonl"} | sections.pop("data", {}), **sections)
+
+
+def test_a_folder_is_made_with_its_settings(tmp_path: Path) -> None:
+    config = ppo(tmp_path, rollout={"engine_args": {"a": [1, 2.5], "b": 'say "hi"'}}, optimizer={"betas": (0.9, 0.95)})
+    folder, attempt = open_run(config, config.run, resume=False)
+    assert (folder, attempt) == (tmp_path / "a-run", 0)
+    assert load(PPOConfig, folder / "config.toml", []) == config
+    assert (folder / "config.toml").read_text() == to_toml(config)
+
+
+def test_it_is_taken_once(tmp_path: Path) -> None:
+    config = ppo(tmp_path)
+    open_run(config, config.run, resume=False)
+    with pytest.raises(ConfigError, match=r"run\.name: .*a-run exists"):
+        check_run(config, config.run, resume=False, may_change=PPO_MAY_CHANGE)
+    with JsonlLog(tmp_path / "a-run" / "metrics.jsonl") as log:
+        log.write({"train/global_step": 1, "attempt": 1})
+    assert open_run(config, config.run, resume=True) == (tmp_path / "a-run", 2)
+
+
+def test_how_long_and_where_it_runs_may_change(tmp_path: Path) -> None:
+    config = ppo(tmp_path)
+    open_run(config, config.run, resume=False)
+    resources = {"actors": 3, "cpus_per_actor": 1.0, "threads": 2}
+    changed = ppo(
+        tmp_path,
+        run={"cpus": 2},
+        ppo={"steps": 99},
+        rollout=resources | {"kv_cache_gb": 4},
+        reward=resources,
+        learner={"ranks": 1, "checkpoint_every": 3, "keep_checkpoints": 5, "max_failures": 0},
+        evaluation={"every": 5},
+        tracking={"wandb": "disabled"},
+    )
+    assert check_run(changed, changed.run, resume=True, may_change=PPO_MAY_CHANGE) == tmp_path / "a-run"
+
+
+@pytest.mark.parametrize(
+    ("sections", "field"),
+    [
+        ({"run": {"seed": 3}}, "run.seed"),
+        ({"data": {"source": "other.jsonl"}}, "data.source"),
+        ({"learner": {"dtype": "bfloat16"}}, "learner.dtype"),
+        ({"optimizer": {"policy_lr": 1e-5}}, "optimizer.policy_lr"),
+    ],
+)
+def test_what_it_computes_may_not(tmp_path: Path, sections: dict, field: str) -> None:
+    config, changed = ppo(tmp_path), ppo(tmp_path, **sections)
+    open_run(config, config.run, resume=False)
+    with pytest.raises(ConfigError, match=f"^{field}: the run in .* was started with .* cannot go on with"):
+        check_run(changed, changed.run, resume=True, may_change=PPO_MAY_CHANGE)
+
+
+def test_a_folder_without_settings_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "a-run").mkdir()
+    config = ppo(tmp_path)
+    with pytest.raises(ConfigError, match=r"a-run/config\.toml: no such file"):
+        check_run(config, config.run, resume=True, may_change=PPO_MAY_CHANGE)
+
+
+def test_without_a_list_anything_may_change(tmp_path: Path) -> None:
+    sections = {"model": {"base": "b"}, "data": {"source": "s.jsonl"}}
+    first = SFTConfig(run={"name": "a", "folder": tmp_path}, **sections)
+    open_run(first, first.run, resume=False)
+    changed = SFTConfig(run={"name": "a", "folder": tmp_path}, sft={"learning_rate": 1.0}, **sections)
+    assert open_run(changed, changed.run, resume=True)[0] == tmp_path / "a"
+
+
+def test_the_allowed_fields_exist() -> None:
+    fields = PPOConfig.model_fields
+    for name in PPO_MAY_CHANGE:
+        section, _, field = name.partition(".")
+        assert not field or field in fields[section].annotation.model_fields

@@ -28,6 +28,7 @@ from r3hf_ray.actors.reward import RewardActor
 from r3hf_ray.actors.rollout import RolloutActor
 from r3hf_ray.actors.weight_store import WeightStore
 from r3hf_ray.config import ConfigError, PPOConfig
+from r3hf_ray.models.load import absolute
 from r3hf_ray.plan import arithmetic
 from r3hf_ray.preflight import Plan, check, check_resources
 from r3hf_ray.tracking.metrics import STEP, JsonlLog, read_metrics
@@ -328,11 +329,7 @@ class _Follower:
 
 
 def _with_absolute_models(config: PPOConfig) -> PPOConfig:
-    """Actors run in another working directory; a hub name stays as it is."""
-    sources = {
-        name: str(Path(source).resolve()) if Path(source).exists() else source
-        for name, source in config.model.model_dump(exclude_none=True).items()
-    }
+    sources = {name: absolute(source) for name, source in config.model.model_dump(exclude_none=True).items()}
     return config.model_copy(update={"model": config.model.model_copy(update=sources)})
 
 

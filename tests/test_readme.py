@@ -1,9 +1,11 @@
 """The README stays short and its commands can be typed: configs load, flags and make targets exist."""
 
+import inspect
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from functools import cache
 from pathlib import Path
 
@@ -98,3 +100,11 @@ def test_shell_lines_of_a_block() -> None:
 def test_split_flags() -> None:
     words = ["jobs/a.toml", "--ppo.steps", "3", "--resume", "--run.name=x", "--dry-run"]
     assert split_flags(words) == (["--ppo.steps", "3", "--run.name=x"], ["--resume", "--dry-run"])
+
+
+def test_readme_shows_the_loop_as_it_is_in_the_source() -> None:
+    from r3hf_ray.actors.learner import _Rank
+
+    body = textwrap.dedent(inspect.getsource(_Rank.run)).splitlines()[2:]
+    blocks = re.findall(r"^```python\n(.*?)^```", readme(), flags=re.DOTALL | re.MULTILINE)
+    assert textwrap.dedent("\n".join(body)).strip() in [block.strip() for block in blocks]

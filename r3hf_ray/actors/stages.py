@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -20,11 +20,13 @@ from ray.train import RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from r3hf_ray.config import RewardConfig, SFTConfig, TrainerSection
+from r3hf_ray.models.load import absolute
 from r3hf_ray.training.ranking import RankedGroup
 from r3hf_ray.training.reward_model import Pair, train_on_groups, train_on_pairs
 from r3hf_ray.training.sft import Example, train_policy
 
 Row = dict[str, Any]
+StageConfig = TypeVar("StageConfig", SFTConfig, RewardConfig)
 _POLL_SECONDS = 0.2
 
 
@@ -54,7 +56,7 @@ def fit_policy(
     Raises:
         StageError: a rank failed.
     """
-    run = partial(_fit_policy_rank, config, folder=folder, attempt=attempt)
+    run = partial(_fit_policy_rank, _with_absolute_base(config), folder=folder, attempt=attempt)
     _fit("sft", run, (examples, heldout), config.trainer, folder, on_row)
 
 
@@ -68,8 +70,12 @@ def fit_reward_model(
     on_row: Callable[[Row], None],
 ) -> None:
     """Bradley-Terry training on pairs or ranked groups; as `fit_policy`."""
-    run = partial(_fit_reward_rank, config, folder=folder, attempt=attempt)
+    run = partial(_fit_reward_rank, _with_absolute_base(config), folder=folder, attempt=attempt)
     _fit("reward", run, (rows, heldout), config.trainer, folder, on_row)
+
+
+def _with_absolute_base(config: StageConfig) -> StageConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"base": absolute(config.model.base)})})
 
 
 def _fit_policy_rank(

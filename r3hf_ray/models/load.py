@@ -44,6 +44,11 @@ def check_folder(source: str | Path, kind: str) -> None:
         raise ModelError(f"{source}: no model folder (no config.json); name a folder that transformers saved as {kind}")
 
 
+def absolute(source: str) -> str:
+    """A local folder as an absolute path, since Ray's workers run in another directory; a hub name stays as it is."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model folder.
 

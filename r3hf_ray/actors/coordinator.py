@@ -21,36 +21,18 @@ import asyncio
 import statistics
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from ray.exceptions import RayError
 
-from r3hf_ray.actors.pipeline import Events, Member, Pipeline, Sample, Tally, Verdict, members, sentence_of
+from r3hf_ray.actors.pipeline import Events, Member, Pipeline, Tally, Verdict, members, sentence_of
+from r3hf_ray.actors.steps import Row, Share, Step, evaluation_metrics
 from r3hf_ray.actors.weight_store import Publication, TransferStep
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.plan import Request, deal_to_ranks, minibatch_of, seed_of, split_evenly, step_requests
-from r3hf_ray.types import Finish, ScoreInfo
-
-Row = dict[str, int | float]
-"""Metrics of one step by name; counts are integers."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """What one learner rank trains on in one step."""
-
-    refs: list[Any]
-    """Object refs of `ScoredTrajectory`, in order of (prompt_id, sample)."""
-    minibatch_of: list[list[int]]
-    """[epoch][i]: the minibatch of this rank's i-th trajectory; composed without regard to the number of ranks."""
-    responses: int
-    """Responses of the step over all ranks."""
-    golds: dict[tuple[int, int], float | None]
-    """(prompt_id, sample) -> gold score, where there is a judge."""
-    metrics: Row
-    """Scalars of the step that only the coordinator knows."""
+from r3hf_ray.plan import Request, seed_of, split_evenly, step_requests
+from r3hf_ray.types import ScoreInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +43,6 @@ class Snapshot:
     events: list[dict[str, Any]]
     stages: dict[str, str]
     failed: str | None
-
-
-@dataclass(slots=True)
-class _Step:
-    """The batch of one step while it fills."""
-
-    expected: int
-    samples: list[Sample] = field(default_factory=list)
-    resolved: int = 0
-    tally: Tally = field(default_factory=Tally)
-    full: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Coordinator:
@@ -112,7 +83,7 @@ class Coordinator:
         )
         self._first_attempt, self._attempt = attempt, attempt - 1
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[int, Step] = {}
         self._confirmed: dict[int, asyncio.Task[Row]] = {}
         self._calibration = (0.0, 1.0)
         self._calibrated, self._published = asyncio.Event(), asyncio.Event()
@@ -175,7 +146,7 @@ class Coordinator:
         await self._verdict.or_failure(self._step(step).full.wait())
         if rank == 0:
             self._events.stage("learner", f"training on step {step + 1}")
-        return self._share(self._step(step), step, rank)
+        return self._step(step).share(self._config, step, rank)
 
     async def report(self, step: int, metrics: Row) -> None:
         """Close the metrics row of `step` (PPO steps done) once its weights are confirmed at the samplers."""
@@ -326,33 +297,8 @@ class Coordinator:
         self._published, self._calibrated = asyncio.Event(), asyncio.Event()
         self._calibration = (0.0, 1.0)
 
-    def _step(self, step: int) -> _Step:
-        return self._steps.setdefault(step, _Step(expected=self._config.responses_per_step))
-
-    def _share(self, batch: _Step, step: int, rank: int) -> Share:
-        lengths = [sample.info.info.length for sample in batch.samples]
-        ppo = self._config.ppo
-        mine = deal_to_ranks(lengths, minibatches=ppo.minibatches, ranks=self._config.learner.ranks)[rank]
-        plans = [
-            minibatch_of(lengths, minibatches=ppo.minibatches, seed=self._config.run.seed, step=step, epoch=epoch)
-            for epoch in range(ppo.epochs)
-        ]
-        golds = [sample.info.gold for sample in batch.samples if sample.info.gold is not None]
-        metrics: Row = {
-            "rollout/failed": batch.tally.quarantined,
-            "rollout/retried": batch.tally.retried,
-            "time/rollout": batch.tally.rollout_seconds,
-            "time/reward": batch.tally.reward_seconds,
-        }
-        return Share(
-            refs=[batch.samples[i].ref for i in mine],
-            minibatch_of=[[plan[i] for i in mine] for plan in plans],
-            responses=len(lengths),
-            golds={
-                (info.info.prompt_id, info.info.sample): info.gold for info in (batch.samples[i].info for i in mine)
-            },
-            metrics=metrics | ({"reward/gold/mean": statistics.fmean(golds)} if golds else {}),
-        )
+    def _step(self, step: int) -> Step:
+        return self._steps.setdefault(step, Step(expected=self._config.responses_per_step))
 
     def _last_quarantine(self) -> str:
         reasons = [event["reason"] for event in self._events.list if event["event"] == "quarantined"]
@@ -363,19 +309,3 @@ class Coordinator:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def evaluation_metrics(infos: list[ScoreInfo]) -> Row:
-    """Means over held-out prompts, with the standard error of the gold score."""
-    golds = [info.gold for info in infos if info.gold is not None]
-    lengths = [info.info.length - info.info.prompt_len for info in infos]
-    row = {
-        "eval/heldout/score/mean": statistics.fmean(info.score for info in infos),
-        "eval/heldout/response_length/mean": statistics.fmean(lengths),
-        "eval/heldout/eos_frac": statistics.fmean(info.info.finish is Finish.EOS for info in infos),
-        "eval/heldout/prompts": len(infos),
-    }
-    if golds:
-        row["eval/heldout/gold/mean"] = statistics.fmean(golds)
-        row["eval/heldout/gold/sem"] = statistics.pstdev(golds) / len(golds) ** 0.5
-    return row

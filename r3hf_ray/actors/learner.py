@@ -18,11 +18,12 @@ import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConsistencyMode
 
-from r3hf_ray.actors.coordinator import Share
 from r3hf_ray.actors.pipeline import RunFailed
+from r3hf_ray.actors.steps import Share
 from r3hf_ray.actors.weight_store import Probe, Tensor, fingerprint, publish
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.models.sharding import make_mesh
+from r3hf_ray.training.guard_rails import warnings_of
 from r3hf_ray.training.ppo import DivergenceError, PPOLearner, RewardScale, TelescopingError
 from r3hf_ray.types import ScoredTrajectory
 
@@ -63,6 +64,7 @@ class _Rank:
         self._coordinator = ray.get_actor("coordinator", settings.namespace)
         self._store = ray.get_actor("weight_store", settings.namespace)
         self._nccl: Any = None
+        self._warned: set[str] = set()
         on_gpu = self._config.learner.gpus_per_rank > 0
         torch.set_num_threads(self._config.learner.threads)
         self._learner = PPOLearner(
@@ -112,6 +114,7 @@ class _Rank:
                 "perf/tokens_per_sec": metrics["rollout/response_length/mean"] * share.responses / seconds,
             }
             self._coordinator.report.remote(self._learner.step, {**metrics, **share.metrics, **own})
+            self._warn(metrics)
             self._dump_samples(share)
         self._checkpoint()
 
@@ -148,6 +151,13 @@ class _Rank:
             samplers = self._config.rollout.actors
             self._nccl = nccl_sender(self._coordinator, source, rank=self._rank, samplers=samplers)
         self._nccl.send_weights()
+
+    def _warn(self, metrics: dict[str, float]) -> None:
+        """Each warning once in the life of this group."""
+        for name, sentence in warnings_of(metrics, self._learner.first).items():
+            if name not in self._warned:
+                self._warned.add(name)
+                self._coordinator.event.remote("warning", step=self._learner.step, reason=sentence)
 
     def _dump_samples(self, share: Share) -> None:
         step, tracking = self._learner.step, self._config.tracking

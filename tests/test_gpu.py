@@ -58,9 +58,7 @@ def run_on_gpu(folder: Path, *, backend: str, sampler_gpus: float, learner_gpus:
     LlamaForSequenceClassification(config).save_pretrained(folder / "rm")
     AutoTokenizer.from_pretrained(folder / "world/base").save_pretrained(folder / "rm")
     share = 0.2 if sampler_gpus < 1 else min(1.0, GPUS - sampler_gpus - learner_gpus)
-    text = JOB.format(
-        folder=folder, backend=backend, sampler_gpus=sampler_gpus, learner_gpus=learner_gpus, share=share
-    )
+    text = JOB.format(folder=folder, backend=backend, sampler_gpus=sampler_gpus, learner_gpus=learner_gpus, share=share)
     (folder / "job.toml").write_text(text)
     assert main(["ppo", str(folder / "job.toml")]) == 0
     return read_metrics(folder / "gpu")

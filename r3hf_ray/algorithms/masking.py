@@ -32,7 +32,7 @@ def whiten(
 ) -> Float[Tensor, "B T"]:
     """``(x - mean) / sqrt(variance + eps)`` where ``mask``, 0 elsewhere; population variance.
 
-    Meant for advantages. Never whiten token rewards: any shift pays for length (see `redistribution.normalize`).
+    Meant for advantages. Never whiten token rewards: any shift pays for length (see `scaling.normalize`).
 
     Args:
         x: what to whiten.

@@ -79,8 +79,13 @@ def load_policy(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def load_reward_model(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_reward_model(source: str | Path, dtype: torch.dtype, *, attention: str = "sdpa") -> PreTrainedModel:
     """A sequence classifier with one label in eval mode; trunk in ``dtype``, its ``score`` head always in float32.
+
+    Args:
+        source: folder or hub name.
+        dtype: of the trunk.
+        attention: "sdpa", or "eager", the one that can return its attention maps.
 
     Raises:
         ModelError: it cannot be loaded, has another number of labels, lacks trained weights, or is no decoder with a
@@ -93,7 +98,7 @@ def load_reward_model(source: str | Path, dtype: torch.dtype) -> PreTrainedModel
         raise ModelError(f"{source}: cannot be loaded as reward model: {_first_line(error)}") from error
     if labels != 1:
         raise ModelError(f"{source}: a reward model has one label, this has {labels}; train one with `r3hf reward`")
-    model = _load(AutoModelForSequenceClassification, source, dtype, "reward model")
+    model = _load(AutoModelForSequenceClassification, source, dtype, "reward model", attention)
     score_head(model).float()
     return model
 
@@ -206,11 +211,13 @@ def require_causal(model: PreTrainedModel, vocab_size: int) -> None:
         )
 
 
-def _load(auto_class: Any, source: str | Path, dtype: torch.dtype, kind: str) -> PreTrainedModel:
+def _load(
+    auto_class: Any, source: str | Path, dtype: torch.dtype, kind: str, attention: str = "sdpa"
+) -> PreTrainedModel:
     check_folder(source, kind)
     try:
         model, report = auto_class.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
+            source, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{source}: cannot be loaded as {kind}: {_first_line(error)}") from error

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from r3hf_ray.algorithms.redistribution import PrefixScores
-from r3hf_ray.models.load import hidden_states, score_head
+from r3hf_ray.models.load import ModelError, hidden_states, score_head
 
 
 @torch.no_grad()
@@ -33,15 +33,54 @@ def prefix_scores(
         suffix_ids: template tokens that followed EOS when the reward model was trained (often one, a newline).
         finished: rows that ended with EOS; only they get the suffix.
     """
-    lengths = attention_mask.sum(1)
     ids, mask = _with_suffix(token_ids, attention_mask, suffix_ids, finished)
+    ends = attention_mask.sum(1) + len(suffix_ids) * finished
+    return _scores(model, hidden_states(model, ids, mask), attention_mask, response_mask, ends)
+
+
+@torch.no_grad()
+def prefix_scores_and_attention(
+    model: PreTrainedModel,
+    token_ids: Int64[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"],
+    response_mask: Bool[Tensor, "B T"],
+    *,
+    suffix_ids: list[int],
+    finished: Bool[Tensor, "B"],
+) -> tuple[PrefixScores, Float[Tensor, "B T"]]:
+    """`prefix_scores`, and what the last response token attends to: last layer, mean over heads, 0 off the response.
+
+    The same one forward; it keeps the attention maps of all layers until it returns. Arguments as above.
+
+    Raises:
+        ModelError: the model was not loaded with eager attention, the only one that returns its maps.
+    """
+    ids, mask = _with_suffix(token_ids, attention_mask, suffix_ids, finished)
+    lengths = attention_mask.sum(1)
+    output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, output_attentions=True)
+    if not output.attentions or output.attentions[-1] is None:
+        raise ModelError(f"{model.name_or_path}: it returns no attention maps; reward.mode = abc cannot use it")
+    maps = output.attentions[-1].float().mean(1)
+    row = maps[torch.arange(len(lengths), device=maps.device), lengths - 1]
+    ends = lengths + len(suffix_ids) * finished
+    scores = _scores(model, output.last_hidden_state, attention_mask, response_mask, ends)
+    return scores, row[:, : token_ids.shape[1]].masked_fill(~response_mask, 0.0)
+
+
+def _scores(
+    model: PreTrainedModel,
+    hidden: Float[Tensor, "B S H"],
+    attention_mask: Bool[Tensor, "B T"],
+    response_mask: Bool[Tensor, "B T"],
+    ends: Int64[Tensor, "B"],
+) -> PrefixScores:
     head = score_head(model)
-    scores = head(hidden_states(model, ids, mask).to(head.weight.dtype))[..., 0]
+    scores = head(hidden.to(head.weight.dtype))[..., 0]
     is_prompt = attention_mask & (response_mask.cumsum(1) == 0)
     return PrefixScores(
-        prefix=scores[:, : token_ids.shape[1]].masked_fill(~response_mask, 0.0),
+        prefix=scores[:, : response_mask.shape[1]].masked_fill(~response_mask, 0.0),
         prompt=_score_of_last(scores, is_prompt.sum(1)),
-        pooled=_score_of_last(scores, lengths + len(suffix_ids) * finished),
+        pooled=_score_of_last(scores, ends),
     )
 
 

@@ -146,6 +146,20 @@ def all_reduce_max(x: Tensor) -> Tensor:
     return _all_reduce(x, dist.ReduceOp.MAX)
 
 
+def all_gather_rows(x: Tensor) -> Tensor:
+    """The rows of all ranks, in rank order; ranks may hold different numbers of them."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=x.device)
+    counts[dist.get_rank()] = len(x)
+    sizes = all_reduce_sum(counts).tolist()
+    padded = x.new_zeros(max(sizes), *x.shape[1:])
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
 def rank() -> int:
     """This process's rank; 0 without torch.distributed."""
     return dist.get_rank() if dist.is_initialized() else 0

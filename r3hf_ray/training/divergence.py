@@ -19,7 +19,7 @@ from r3hf_ray.config import PPOConfig
 from r3hf_ray.models.logprobs import Policy
 from r3hf_ray.models.sharding import DTYPES, full_parameters, grad_norm, rank, shard
 from r3hf_ray.models.values import Critic
-from r3hf_ray.training.ppo_losses import LossInputs, Share, critic_share, policy_share
+from r3hf_ray.training.ppo_losses import LossInputs, Share, critic_share, policy_divisor, policy_share
 
 
 class DivergenceError(RuntimeError):
@@ -32,6 +32,7 @@ class Replay:
 
     policy_loss: float
     critic_loss: float
+    """0 where there is no critic; so is its norm."""
     policy_grad_norm: float
     critic_grad_norm: float
     non_finite: list[str]
@@ -43,7 +44,7 @@ def write_capsule(
     *,
     config: PPOConfig,
     policy: Policy,
-    critic: Critic,
+    critic: Critic | None,
     inputs: LossInputs | None,
     batch: Batch | None,
     facts: dict[str, Any],
@@ -54,17 +55,19 @@ def write_capsule(
         folder: where; made if needed, shared by all ranks.
         config: of the run.
         policy: before the optimizer step.
-        critic: before the optimizer step.
+        critic: before the optimizer step; None where advantages need none.
         inputs: this rank's rows of the minibatch; None if it has none.
         batch: the same rows as they came (rewards, reference logprobs), searched but not needed to rerun.
-        facts: step, epoch, minibatch, num_tokens and whatever else helps.
+        facts: step, epoch, minibatch, num_tokens, num_responses and whatever else helps.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if inputs is not None and batch is not None:
         arrays = inputs.tensors() | {f"given.{field.name}": getattr(batch, field.name) for field in fields(batch)}
         contiguous = {name: x.cpu().contiguous().clone() for name, x in arrays.items()}
         save_file(contiguous, folder / f"batch_rank_{rank():05d}.safetensors")
-    for name, module, model in (("policy", policy, policy.model), ("critic", critic, critic.trunk)):
+    models: list[tuple[str, nn.Module, Any]] = [("policy", policy, policy.model)]
+    models += [] if critic is None else [("critic", critic, critic.trunk)]
+    for name, module, model in models:
         parameters = {key: value.clone() for key, value in full_parameters(module)}
         if rank() == 0:
             model.config.save_pretrained(folder / name)
@@ -90,23 +93,25 @@ def replay_capsule(folder: Path) -> Replay:
     """
     content = json.loads((folder / "capsule.json").read_text())
     config = PPOConfig(**content["config"])
+    tokens, responses = content["num_tokens"], content["num_responses"]
     policy = Policy(AutoModelForCausalLM.from_config(_config(folder / "policy"), dtype=torch.float32))
-    critic = Critic(AutoModel.from_config(_config(folder / "critic"), dtype=torch.float32))
-    models: dict[str, tuple[Policy | Critic, Callable[..., Share]]] = {
-        "policy": (policy, policy_share),
-        "critic": (critic, critic_share),
+    models: dict[str, tuple[Policy | Critic, Callable[..., Share], int]] = {
+        "policy": (policy, policy_share, policy_divisor(config, num_tokens=tokens, num_responses=responses))
     }
+    if config.has_critic:
+        critic = Critic(AutoModel.from_config(_config(folder / "critic"), dtype=torch.float32))
+        models["critic"] = (critic, critic_share, tokens)
     files = {path.stem: load_file(path) for path in sorted(folder.glob("batch_rank_*.safetensors"))}
     given = [(f"{file}: {name}", x) for file, arrays in files.items() for name, x in sorted(arrays.items())]
     suspects = [name for name, x in given if not _finite(x)]
-    losses, norms = {}, {}
-    for name, (model, share) in models.items():
+    losses, norms = dict.fromkeys(("policy", "critic"), 0.0), dict.fromkeys(("policy", "critic"), 0.0)
+    for name, (model, share, divisor) in models.items():
         parameters = load_file(folder / name / "parameters.safetensors")
         model.load_state_dict(parameters, strict=False)  # a tied lm_head is stored once
         suspects += [f"{name} parameter: {key}" for key, x in parameters.items() if not _finite(x)]
-        keep = critic.head if name == "critic" else None
+        keep = model.head if isinstance(model, Critic) else None
         shard(model.eval(), None, blocks="never", dtype=DTYPES[config.learner.dtype], keep_float32=keep)
-        losses[name] = sum(_backward(model, share, arrays, config, content["num_tokens"]) for arrays in files.values())
+        losses[name] = sum(_backward(model, share, arrays, config, divisor) for arrays in files.values())
         norms[name] = grad_norm(model)
         suspects += [] if _finite(torch.tensor(losses[name])) else [f"{name} loss"]
         gradients = ((key, p.grad) for key, p in model.named_parameters() if p.grad is not None)
@@ -121,12 +126,12 @@ def replay_capsule(folder: Path) -> Replay:
 
 
 def _backward(
-    model: nn.Module, share: Callable[..., Share], arrays: dict[str, Tensor], config: PPOConfig, num_tokens: int
+    model: nn.Module, share: Callable[..., Share], arrays: dict[str, Tensor], config: PPOConfig, divisor: int
 ) -> float:
     inputs = LossInputs(**{name: x for name, x in arrays.items() if not name.startswith("given.")})
     total = 0.0
     for index in microbatches(inputs.attention_mask.sum(1).tolist(), budget_tokens=config.ppo.microbatch_tokens):
-        loss, _ = share(model, inputs.rows(index), config, num_tokens)
+        loss, _ = share(model, inputs.rows(index), config, divisor)
         loss.backward()
         total += float(loss.detach())
     return total

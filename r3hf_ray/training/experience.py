@@ -6,13 +6,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from r3hf_ray.algorithms.advantages import gae, kl_penalized_rewards
+from r3hf_ray.algorithms.advantages import (
+    gae,
+    grpo_advantages,
+    kl_penalized_rewards,
+    returns_to_go,
+    rloo_advantages,
+    whole_returns,
+)
 from r3hf_ray.algorithms.batching import Batch, masked_filler, microbatches
 from r3hf_ray.algorithms.losses import importance_weights
 from r3hf_ray.algorithms.masking import moments, whiten
-from r3hf_ray.algorithms.redistribution import PrefixScores, missing_eos, normalize, telescoping_error
+from r3hf_ray.algorithms.redistribution import PrefixScores, settle_eos_jump, telescoping_error
+from r3hf_ray.algorithms.scaling import missing_eos, normalize, normalize_shares
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.models.sharding import all_reduce_max, all_reduce_sum
+from r3hf_ray.models.sharding import all_gather_rows, all_reduce_max, all_reduce_sum
 from r3hf_ray.models.values import state_values
 from r3hf_ray.training.ppo_losses import LossInputs
 
@@ -41,6 +49,7 @@ class Evaluation:
     entropy: Float[Tensor, "B T"]
     """Of the distribution each token was drawn from. [nats]"""
     values: Float[Tensor, "B T"]
+    """0 without a critic."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,17 +61,19 @@ class Experience:
     rewards: Float[Tensor, "B T"]
     """Scaled, with the missing-EOS rule, without KL."""
     total_rewards: Float[Tensor, "B T"]
-    """`rewards` minus the KL penalty."""
+    """`rewards` minus the KL penalty, where that is inside the reward."""
     advantages: Float[Tensor, "B T"]
     """Before whitening."""
     returns: Float[Tensor, "B T"]
     importance: Float[Tensor, "B T"]
+    kl_price: Float[Tensor, "B T"]
+    """Of the KL inside the loss; 0 where it is inside the reward. [scaled reward a nat]"""
     telescoping_error: Float[Tensor, "B"]
 
 
 @torch.no_grad()
-def evaluate(policy: nn.Module, critic: nn.Module, batch: Batch, config: PPOConfig) -> Evaluation:
-    """Run both models on the batch, in microbatches of the training's size. A collective: ranks agree on how many."""
+def evaluate(policy: nn.Module, critic: nn.Module | None, batch: Batch, config: PPOConfig) -> Evaluation:
+    """Run the models on the batch, in microbatches of the training's size. A collective: ranks agree on how many."""
     groups = microbatches(batch.lengths, budget_tokens=config.ppo.microbatch_tokens)
     count = int(all_reduce_max(torch.tensor(len(groups), device=batch.token_ids.device)))
     logprobs, entropy, values = torch.zeros(3, *batch.token_ids.shape, device=batch.token_ids.device)
@@ -71,9 +82,9 @@ def evaluate(policy: nn.Module, critic: nn.Module, batch: Batch, config: PPOConf
         rows = batch.rows(index) if index else masked_filler(batch)
         arrays = (rows.token_ids, rows.attention_mask, rows.response_mask)
         chosen, spread = policy(*arrays, temperature=config.rollout.temperature, entropy=True)
-        after = state_values(critic, *arrays)
+        before = torch.zeros_like(chosen) if critic is None else state_values(critic, *arrays)
         if index:
-            for whole, part in ((logprobs, chosen), (entropy, spread), (values, after)):
+            for whole, part in ((logprobs, chosen), (entropy, spread), (values, before)):
                 whole[index, : part.shape[1]] = part
     return Evaluation(logprobs=logprobs, entropy=entropy, values=values)
 
@@ -86,10 +97,10 @@ def require_telescoping(batch: Batch, config: PPOConfig) -> Float[Tensor, "B"]:
     """
     error = telescoping_error(
         batch.token_rewards,
-        PrefixScores(prefix=batch.prefix_scores, prompt=batch.prompt_score, pooled=batch.score),
+        settle_eos_jump(prefix_scores(batch), batch.response_mask, ~batch.truncated, rule=config.reward.eos_jump),
         batch.response_mask,
         mode=config.reward.mode,
-        beta_c=config.reward.beta_c,
+        beta_c=config.reward.method_weight,
         subtract_prompt_score=config.reward.subtract_prompt_score,
     )
     broken = ~(error <= TELESCOPING_TOLERANCE)  # this way round, NaN is broken too
@@ -106,7 +117,9 @@ def require_telescoping(batch: Batch, config: PPOConfig) -> Float[Tensor, "B"]:
 def make_experience(
     batch: Batch, seen: Evaluation, error: Float[Tensor, "B"], config: PPOConfig, *, scale: RewardScale, kl_coef: float
 ) -> Experience:
-    """Raw token rewards -> scaled -> missing-EOS rule -> KL penalty -> GAE (arXiv 2411.08302, Eq. 6 to 8).
+    """Raw token rewards -> scaled -> missing-EOS rule -> KL penalty -> advantages (arXiv 2411.08302, Eq. 6 to 8).
+
+    A collective where advantages compare the samples of a prompt.
 
     Args:
         batch: with rewards in the reward model's units.
@@ -117,12 +130,15 @@ def make_experience(
         kl_coef: at present, scaled reward per nat.
     """
     mask, reward, ppo = batch.response_mask, config.reward, config.ppo
-    rewards = normalize(
-        batch.token_rewards, mask, mean=scale.mean, scale=scale.scale, terminal_weight=config.terminal_weight
-    )
+    rewards = _scaled(batch, config, scale)
     rewards = missing_eos(rewards, mask, batch.truncated, rule=reward.missing_eos, penalty=reward.missing_eos_penalty)
-    total = kl_penalized_rewards(rewards, seen.logprobs, batch.ref_logprobs, mask, kl_coef=kl_coef)
-    advantages, returns = gae(total, seen.values, mask, gamma=ppo.gamma, lam=ppo.gae_lambda)
+    in_reward = ppo.kl_in == "reward"
+    total = rewards
+    if in_reward:
+        total = kl_penalized_rewards(
+            rewards, seen.logprobs, batch.ref_logprobs, mask, kl_coef=kl_coef, estimator=ppo.kl_estimator
+        )
+    advantages, returns = _advantages(total, seen.values, batch, config)
     importance = mask.to(rewards.dtype)
     if ppo.importance_cap is not None:
         importance = importance_weights(seen.logprobs, batch.behavior_logprobs, mask, cap=ppo.importance_cap)
@@ -134,8 +150,37 @@ def make_experience(
         advantages=advantages,
         returns=returns,
         importance=importance,
+        kl_price=mask.to(rewards.dtype) * (0.0 if in_reward else kl_coef),
         telescoping_error=error,
     )
+
+
+def prefix_scores(batch: Batch) -> PrefixScores:
+    """The batch's scores as the reward model gave them."""
+    return PrefixScores(prefix=batch.prefix_scores, prompt=batch.prompt_score, pooled=batch.score)
+
+
+def _scaled(batch: Batch, config: PPOConfig, scale: RewardScale) -> Float[Tensor, "B T"]:
+    rewards, mask = batch.token_rewards, batch.response_mask
+    if config.reward.pays_shares:
+        return normalize_shares(rewards, batch.score, mask, mean=scale.mean, scale=scale.scale)
+    weight = config.terminal_weight
+    return normalize(rewards, mask, mean=scale.mean, scale=scale.scale, terminal_weight=weight)
+
+
+def _advantages(
+    rewards: Float[Tensor, "B T"], values: Float[Tensor, "B T"], batch: Batch, config: PPOConfig
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """Advantages before whitening, and returns, by `ppo.advantage`."""
+    ppo, mask = config.ppo, batch.response_mask
+    if ppo.advantage == "gae":
+        return gae(rewards, values, mask, gamma=ppo.gamma, lam=ppo.gae_lambda)
+    to_go = returns_to_go(rewards, mask, gamma=ppo.gamma)
+    if ppo.advantage in ("reinforce_pp", "r3hf_baseline"):  # the one is whitened, the other has its baseline inside
+        return to_go, to_go
+    everyone = (all_gather_rows(batch.prompt_ids), all_gather_rows(whole_returns(to_go, mask)))
+    relative = {"rloo": rloo_advantages, "grpo": grpo_advantages}[ppo.advantage]
+    return relative(to_go, mask, batch.prompt_ids, everyone), to_go
 
 
 def loss_inputs(experience: Experience, *, whiten_advantages: bool) -> LossInputs:
@@ -153,4 +198,6 @@ def loss_inputs(experience: Experience, *, whiten_advantages: bool) -> LossInput
         advantages=advantages,
         returns=experience.returns,
         importance=experience.importance,
+        ref_logprobs=batch.ref_logprobs,
+        kl_price=experience.kl_price,
     )

@@ -15,7 +15,7 @@ class Minibatch:
     """One optimizer step as this rank sees it.
 
     Example, on a rank with rows 0 and 3 of it where another rank needs two forwards:
-    ``Minibatch(epoch=0, number=1, rows=[0, 3], inputs=[rows 3 and 0, a filler], num_tokens=180)``.
+    ``Minibatch(epoch=0, number=1, rows=[0, 3], inputs=[rows 3 and 0, a filler], num_tokens=180, num_responses=5)``.
     """
 
     epoch: int
@@ -26,6 +26,8 @@ class Minibatch:
     """Microbatches, as many on every rank; the last may be fillers."""
     num_tokens: int
     """Response tokens over all ranks."""
+    num_responses: int
+    """Responses over all ranks."""
 
 
 def plan_minibatches(
@@ -46,12 +48,19 @@ def plan_minibatches(
         for number in range(count)
     ]
     groups = [microbatches([lengths[row] for row in chosen], budget_tokens=budget_tokens) for chosen in rows]
-    num_tokens = all_reduce_sum(torch.stack([inputs.response_mask[chosen].sum() for chosen in rows])).tolist()
+    responses = inputs.token_ids.new_tensor([len(chosen) for chosen in rows])
+    tokens = torch.stack([inputs.response_mask[chosen].sum() for chosen in rows])
+    num_tokens, num_responses = all_reduce_sum(torch.stack([tokens, responses])).tolist()
     forwards = torch.tensor([len(group) for group in groups], device=inputs.token_ids.device)
     for index, wanted in enumerate(all_reduce_max(forwards).tolist()):
         epoch, number = divmod(index, count)
         shares = [inputs.rows([rows[index][i] for i in group]) for group in groups[index]]
         shares += [inputs.filler() for _ in range(wanted - len(shares))]
         yield Minibatch(
-            epoch=epoch, number=number, rows=rows[index], inputs=shares, num_tokens=max(num_tokens[index], 1)
+            epoch=epoch,
+            number=number,
+            rows=rows[index],
+            inputs=shares,
+            num_tokens=max(num_tokens[index], 1),
+            num_responses=max(num_responses[index], 1),
         )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from r3hf_ray.algorithms.advantages import next_kl_coef
 from r3hf_ray.algorithms.batching import Batch, collate
@@ -39,8 +39,9 @@ from r3hf_ray.training.experience import (
     make_experience,
     require_telescoping,
 )
+from r3hf_ray.training.guard_rails import WATCHED, length_drift
 from r3hf_ray.training.minibatches import Minibatch, plan_minibatches
-from r3hf_ray.training.ppo_losses import LossInputs, Share, critic_share, policy_share
+from r3hf_ray.training.ppo_losses import LossInputs, Share, critic_share, policy_divisor, policy_share
 from r3hf_ray.training.ppo_metrics import experience_metrics, reduce_named, token_rows
 from r3hf_ray.types import ScoredTrajectory
 
@@ -48,7 +49,10 @@ __all__ = ["DivergenceError", "PPOLearner", "Replay", "RewardScale", "Telescopin
 
 
 class PPOLearner:
-    """The policy, the critic and their optimizers on one rank. All ranks call every method together, but `samples`."""
+    """The policy, the critic and their optimizers on one rank. All ranks call every method together, but `samples`.
+
+    There is no critic where `ppo.advantage` needs none. ``first`` holds the first step's `guard_rails.WATCHED` metrics.
+    """
 
     def __init__(
         self,
@@ -76,11 +80,15 @@ class PPOLearner:
         self.kl_coef = config.ppo.kl_coef
         self.tokenizer = load_tokenizer(config.model.policy)
         self.policy = Policy(load_policy(config.model.policy, torch.float32)).eval().to(self.device)
-        self.critic = _load_critic(config, scale).eval().to(self.device)
+        self.critic = _load_critic(config, scale).eval().to(self.device) if config.has_critic else None
         self._shard(mesh)
-        self._policy_optimizer = _adamw(self.policy, config, config.optimizer.policy_lr)
-        self._critic_optimizer = _adamw(self.critic, config, config.optimizer.critic_lr)
+        rates = {"policy": config.optimizer.policy_lr, "critic": config.optimizer.critic_lr}
+        self._rates = {name: rates[name] for name in self._modules()}
+        self._optimizers: dict[str, Optimizer] = {
+            name: _adamw(part, config, rates[name]) for name, part in self._modules().items()
+        }
         self._optimizer_steps = 0
+        self.first: dict[str, float] = {}
         self._capsules = capsules or config.run.folder / config.run.name / "divergence"
         self._pad_id = self.tokenizer.pad_token_id
         if self._pad_id is None:
@@ -117,7 +125,9 @@ class PPOLearner:
         ppo = self.config.ppo
         minibatches = plan_minibatches(inputs, minibatch_of, count=ppo.minibatches, budget_tokens=ppo.microbatch_tokens)
         steps = [self._optimizer_step(minibatch, batch, inputs) for minibatch in minibatches]
-        metrics = experience_metrics(experience, step=self.step, importance=self.config.ppo.importance_cap is not None)
+        metrics = experience_metrics(experience, inputs, self.config, step=self.step)
+        self.first = self.first or {name: metrics[name] for name in WATCHED}
+        metrics["rollout/length_drift"] = length_drift(metrics, self.first)
         metrics |= {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
         metrics["policy/ratio/max"] = max(step["policy/ratio/max"] for step in steps)
         metrics |= {"policy/lr": steps[-1]["policy/lr"], "kl/coef": self.kl_coef} | self._slowest()
@@ -129,7 +139,7 @@ class PPOLearner:
     def set_scale(self, scale: RewardScale) -> None:
         """Take the reward's scale, which samples of the first published weights have shown."""
         self.scale = scale
-        if self.config.critic_init == "reward_model":  # its head speaks the reward model's units
+        if self.critic is not None and self.config.critic_init == "reward_model":  # its head has the other units
             self.critic.mean.fill_(scale.mean)
             self.critic.scale.fill_(scale.scale)
 
@@ -159,7 +169,7 @@ class PPOLearner:
         Raises:
             CheckpointError: the folder holds one already.
         """
-        checkpoint.save(folder, modules=self._modules(), optimizers=self._optimizers(), extra=self._progress())
+        checkpoint.save(folder, modules=self._modules(), optimizers=self._optimizers, extra=self._progress())
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint, on any number of ranks.
@@ -167,8 +177,8 @@ class PPOLearner:
         Raises:
             CheckpointError: it is incomplete or of other models.
         """
-        extra = checkpoint.load(folder, modules=self._modules(), optimizers=self._optimizers())
-        self.step, self.kl_coef = extra["step"], extra["kl_coef"]
+        extra = checkpoint.load(folder, modules=self._modules(), optimizers=self._optimizers)
+        self.step, self.kl_coef, self.first = extra["step"], extra["kl_coef"], extra["first"]
         self._optimizer_steps = extra["optimizer_steps"]
         self.scale = RewardScale(**extra["scale"])
 
@@ -185,48 +195,55 @@ class PPOLearner:
 
     def _shard(self, mesh: DeviceMesh | None) -> None:
         learner = self.config.learner
-        for module, head in ((self.policy, None), (self.critic, self.critic.head)):
+        for module in self._modules().values():
+            head = module.head if isinstance(module, Critic) else None
             if learner.gradient_checkpointing:
                 checkpoint_activations(module)
             shard(module, mesh, blocks=learner.shard_blocks, dtype=DTYPES[learner.dtype], keep_float32=head)
 
     def _optimizer_step(self, minibatch: Minibatch, batch: Batch, inputs: LossInputs) -> dict[str, float]:
         """Both backward passes, then both steps, so that a capsule holds both models as the losses saw them."""
-        with self._timed("train_policy"):
-            policy_sums, policy_norm = self._backward(self.policy, policy_share, minibatch)
-        with self._timed("train_critic"):
-            critic_sums, critic_norm = self._backward(self.critic, critic_share, minibatch)
-        maxima = {"policy/ratio/max": policy_sums.pop("ratio_max")}
-        sums = {f"policy/{name}": value[None] for name, value in policy_sums.items()}
-        sums |= {f"critic/{name}": value[None] for name, value in critic_sums.items()}
+        sums: dict[str, Tensor] = {}
+        norms: dict[str, float] = {}
+        for name, module in self._modules().items():
+            with self._timed(f"train_{name}"):
+                of_model, norms[name] = self._backward(module, *self._share_of(name, minibatch), minibatch)
+            sums |= {f"{name}/{key}": value[None] for key, value in of_model.items()}
+        maxima = {"policy/ratio/max": sums.pop("policy/ratio_max")[0]}
         added, largest = reduce_named(sums, maxima)
         metrics = {name: value / minibatch.num_tokens for name, (value,) in added.items()} | largest
-        metrics |= {"policy/loss": added["policy/loss"][0], "critic/loss": added["critic/loss"][0]}
-        metrics |= {"policy/grad_norm": policy_norm, "critic/grad_norm": critic_norm}
+        metrics |= {f"{name}/loss": added[f"{name}/loss"][0] for name in norms}
+        metrics |= {f"{name}/grad_norm": norm for name, norm in norms.items()}
         metrics["policy/ratio/mean"] = metrics.pop("policy/ratio")
         self._require_finite(metrics, minibatch, batch, inputs)
         rate = self._warmup()
-        with self._timed("train_policy"):
-            self._apply(self.policy, self._policy_optimizer, policy_norm, self.config.optimizer.policy_lr * rate)
-        with self._timed("train_critic"):
-            self._apply(self.critic, self._critic_optimizer, critic_norm, self.config.optimizer.critic_lr * rate)
+        for name, module in self._modules().items():
+            with self._timed(f"train_{name}"):
+                self._apply(module, self._optimizers[name], norms[name], self._rates[name] * rate)
         self._optimizer_steps += 1
         return metrics | {"policy/lr": self.config.optimizer.policy_lr * rate}
 
+    def _share_of(self, name: str, minibatch: Minibatch) -> tuple[Callable[..., Share], int]:
+        """A model's loss, and what it is divided by."""
+        tokens, responses = minibatch.num_tokens, minibatch.num_responses
+        if name == "critic":
+            return critic_share, tokens
+        return policy_share, policy_divisor(self.config, num_tokens=tokens, num_responses=responses)
+
     def _backward(
-        self, module: nn.Module, share: Callable[..., Share], minibatch: Minibatch
+        self, module: nn.Module, share: Callable[..., Share], divisor: int, minibatch: Minibatch
     ) -> tuple[dict[str, Tensor], float]:
         """Gradients of all microbatches; sums of this rank's metrics, and the global gradient norm."""
         sums: dict[str, Tensor] = {}
         for inputs in minibatch.inputs:
-            loss, metrics = share(module, inputs, self.config, minibatch.num_tokens)
+            loss, metrics = share(module, inputs, self.config, divisor)
             loss.backward()
             for name, value in (metrics | {"loss": loss.detach()}).items():
                 known = sums.get(name, torch.zeros_like(value))
                 sums[name] = torch.maximum(known, value) if name == "ratio_max" else known + value
         return sums, grad_norm(module)
 
-    def _apply(self, module: nn.Module, optimizer: AdamW, norm: float, lr: float) -> None:
+    def _apply(self, module: nn.Module, optimizer: Optimizer, norm: float, lr: float) -> None:
         scale_gradients(module, norm=norm, max_norm=self.config.optimizer.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -248,7 +265,10 @@ class PPOLearner:
             critic=self.critic,
             inputs=inputs.rows(minibatch.rows) if minibatch.rows else None,
             batch=batch.rows(minibatch.rows) if minibatch.rows else None,
-            facts=place | watched | {"num_tokens": minibatch.num_tokens} | self._progress(),
+            facts=place
+            | watched
+            | {"num_tokens": minibatch.num_tokens, "num_responses": minibatch.num_responses}
+            | self._progress(),
         )
         numbers = ", ".join(f"{name} {value:g}" for name, value in watched.items())
         raise DivergenceError(
@@ -274,13 +294,12 @@ class PPOLearner:
             "kl_coef": self.kl_coef,
             "optimizer_steps": self._optimizer_steps,
             "scale": asdict(self.scale),
+            "first": self.first,
         }
 
     def _modules(self) -> dict[str, nn.Module]:
-        return {"policy": self.policy, "critic": self.critic}
-
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"policy": self._policy_optimizer, "critic": self._critic_optimizer}
+        """What is trained, the policy first."""
+        return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
 
     def _slowest(self) -> dict[str, float]:
         seconds = all_reduce_max(torch.tensor(list(self._seconds.values()), device=self.device)).tolist()

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from r3hf_ray.algorithms.losses import policy_loss, value_loss
+from r3hf_ray.algorithms.losses import kl_loss, policy_loss, value_loss
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.models.values import state_values
 
@@ -33,6 +33,10 @@ class LossInputs:
     """Targets of the critic."""
     importance: Float[Tensor, "B T"]
     """Off-policy weights; 1 on the response without `ppo.importance_cap`."""
+    ref_logprobs: Float[Tensor, "B T"]
+    """Of the frozen reference. [nats]"""
+    kl_price: Float[Tensor, "B T"]
+    """Price of the KL inside the loss; 0 where it is paid inside the reward. [scaled reward a nat]"""
 
     def rows(self, index: Sequence[int]) -> "LossInputs":
         """The rows ``index`` (at least one), trimmed to the longest of them."""
@@ -54,20 +58,46 @@ class LossInputs:
 Share = tuple[Tensor, dict[str, Tensor]]
 
 
-def policy_share(policy: nn.Module, inputs: LossInputs, config: PPOConfig, num_tokens: int) -> Share:
-    """This microbatch's share of the policy loss, and sums over its tokens (see `losses.policy_loss`)."""
+def policy_share(policy: nn.Module, inputs: LossInputs, config: PPOConfig, divisor: int) -> Share:
+    """This microbatch's share of the policy loss, and sums over its tokens (see `losses.policy_loss`).
+
+    Args:
+        policy: in training.
+        inputs: of the microbatch.
+        config: of the run.
+        divisor: of the whole optimizer step, from `policy_divisor`.
+    """
+    ppo = config.ppo
     logprobs = policy(
         inputs.token_ids, inputs.attention_mask, inputs.response_mask, temperature=config.rollout.temperature
     )
-    return policy_loss(
+    loss, metrics = policy_loss(
         logprobs,
         inputs.old_logprobs,
         inputs.advantages,
         inputs.response_mask,
-        clip_range=config.ppo.clip_range,
-        num_tokens=num_tokens,
-        importance=None if config.ppo.importance_cap is None else inputs.importance,
+        clip_range=ppo.clip_range,
+        num_tokens=divisor,
+        importance=None if ppo.importance_cap is None else inputs.importance,
+        clip_range_high=ppo.clip_range_high,
+        dual_clip=ppo.dual_clip,
     )
+    if ppo.kl_in == "reward":
+        return loss, metrics
+    kl, kl_metrics = kl_loss(
+        logprobs,
+        inputs.ref_logprobs,
+        inputs.response_mask,
+        coef=inputs.kl_price,
+        estimator=ppo.kl_estimator,
+        num_tokens=divisor,
+    )
+    return loss + kl, metrics | kl_metrics
+
+
+def policy_divisor(config: PPOConfig, *, num_tokens: int, num_responses: int) -> int:
+    """What `ppo.loss_aggregation` divides the policy loss by: counts of the whole optimizer step over all ranks."""
+    return num_tokens if config.ppo.loss_aggregation == "token_mean" else num_responses
 
 
 def critic_share(critic: nn.Module, inputs: LossInputs, config: PPOConfig, num_tokens: int) -> Share:

@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r3hf_ray.algorithms.batching import Batch
 from r3hf_ray.algorithms.masking import last_token, masked_sum, moments
+from r3hf_ray.algorithms.redistribution import eos_jump, r3hf
+from r3hf_ray.config import PPOConfig
 from r3hf_ray.models.sharding import all_reduce_max, all_reduce_sum
-from r3hf_ray.training.experience import Experience
+from r3hf_ray.training.experience import Experience, prefix_scores
+from r3hf_ray.training.ppo_losses import LossInputs
 from r3hf_ray.types import ScoredTrajectory
 
 
@@ -47,51 +51,31 @@ def reduce_named(sums: dict[str, Tensor], maxima: dict[str, Tensor]) -> tuple[di
     )
 
 
-def experience_metrics(experience: Experience, *, step: int, importance: bool) -> dict[str, float]:
+def experience_metrics(experience: Experience, inputs: LossInputs, config: PPOConfig, *, step: int) -> dict[str, float]:
     """Everything that the data alone says. A collective.
 
     Args:
         experience: this rank's share.
+        inputs: the same as the losses read it.
+        config: of the run.
         step: PPO steps done before this one, which is the learner's weights version.
-        importance: whether importance weights are in use.
     """
     batch, mask = experience.batch, experience.batch.response_mask
     lengths = mask.sum(1)
-    position = (mask.cumsum(1) - 1).to(experience.rewards.dtype)
     drift = experience.seen.logprobs - batch.behavior_logprobs
     lag = (step - batch.policy_versions).float()
-    tokens = {
-        "reward": experience.rewards,
-        "advantage": experience.advantages,
-        "return": experience.returns,
-        "value": experience.seen.values,
-        "residual": experience.returns - experience.seen.values,
-        "entropy": experience.seen.entropy,
-        "ref_kl": experience.seen.logprobs - batch.ref_logprobs,
-        "drift": drift,
-        "importance": experience.importance,
-        "position": position,
-    }
-    responses = {
-        "score": batch.score,
-        "prompt_score": batch.prompt_score,
-        "total": experience.total_rewards.sum(1),
-        "length": lengths.float(),
-        "prompt_length": (batch.attention_mask.sum(1) - lengths).float(),
-        "truncated": batch.truncated.float(),
-        "lag": lag,
-    }
+    tokens, responses = _token_columns(experience), _response_columns(experience, lag)
     everyone = torch.ones_like(batch.truncated)[:, None]
     sums = {name: moments(x, mask) for name, x in tokens.items()}
     sums |= {name: moments(x[:, None], everyone) for name, x in responses.items()}
-    size = experience.rewards.abs()
-    sums["mass"] = torch.stack([masked_sum(size, last_token(mask)), masked_sum(size, mask)])
-    sums["product"] = masked_sum(position * experience.rewards, mask)[None]
+    sums["credit"] = _credit_sums(batch, experience.rewards)
+    sums["positive"] = masked_sum((inputs.advantages > 0.0).double(), mask)[None]
+    sums["product"] = masked_sum(tokens["position"] * experience.rewards, mask)[None]
     sums["absdrift"] = masked_sum(drift.abs(), mask)[None]
     maxima = {
         "score": batch.score.max(),
         "-score": (-batch.score).max(),
-        "reward": size.max(),
+        "reward": experience.rewards.abs().max(),
         "telescoping": experience.telescoping_error.max(),
         "absdrift": drift.masked_fill(~mask, 0.0).abs().max(),
         "importance": experience.importance.max(),
@@ -100,14 +84,75 @@ def experience_metrics(experience: Experience, *, step: int, importance: bool) -
     }
     added, largest = reduce_named(sums, maxima)
     of = {name: Moments(*added[name]) for name in (tokens | responses)}
-    metrics = _named(of, added, largest)
-    if importance:
+    metrics = _named(of, added, largest) | _credit_metrics(of, added, config)
+    if config.ppo.importance_cap is not None:
         metrics |= {"kl/is_weight/mean": of["importance"].mean, "kl/is_weight/max": largest["importance"]}
+    if config.has_critic:
+        explained = _explained(of["residual"], of["return"])
+        metrics |= {"critic/explained_var": explained, "critic/values/mean": of["value"].mean}
+    return metrics
+
+
+def _token_columns(experience: Experience) -> dict[str, Tensor]:
+    batch = experience.batch
+    return {
+        "reward": experience.rewards,
+        "advantage": experience.advantages,
+        "return": experience.returns,
+        "value": experience.seen.values,
+        "residual": experience.returns - experience.seen.values,
+        "entropy": experience.seen.entropy,
+        "ref_kl": experience.seen.logprobs - batch.ref_logprobs,
+        "drift": experience.seen.logprobs - batch.behavior_logprobs,
+        "importance": experience.importance,
+        "position": (batch.response_mask.cumsum(1) - 1).to(experience.rewards.dtype),
+    }
+
+
+def _response_columns(experience: Experience, lag: Tensor) -> dict[str, Tensor]:
+    batch = experience.batch
+    lengths = batch.response_mask.sum(1)
+    return {
+        "score": batch.score,
+        "prompt_score": batch.prompt_score,
+        "total": experience.total_rewards.sum(1),
+        "sum": experience.rewards.sum(1),
+        "sum_abs": batch.token_rewards.abs().sum(1),
+        "length": lengths.float(),
+        "prompt_length": (batch.attention_mask.sum(1) - lengths).float(),
+        "truncated": batch.truncated.float(),
+        "lag": lag,
+    }
+
+
+def _credit_sums(batch: Batch, rewards: Tensor) -> Tensor:
+    """Absolute credit: of all tokens, first, last, and EOS; of all prefix differences, and of the jumps at EOS."""
+    mask, finished = batch.response_mask, ~batch.truncated
+    last, first = last_token(mask), mask & (mask.cumsum(1) == 1)
+    size, scores = rewards.abs(), prefix_scores(batch)
+    places = [mask, first, last, last & finished[:, None]]
+    jumps = eos_jump(scores, mask).abs()[finished]
+    return torch.stack([*(masked_sum(size, place) for place in places), r3hf(scores, mask).abs().sum(), jumps.sum()])
+
+
+def _credit_metrics(of: dict[str, Moments], added: dict[str, list[float]], config: PPOConfig) -> dict[str, float]:
+    """Where the credit is: what tells noise, a prompt's offset, or a sparse reward in disguise from real credit."""
+    everywhere, first, last, eos, differences, jumps = added["credit"]
+    spread = of["score"].std
+    metrics = {
+        "r3hf/sum/mean": of["sum"].mean,
+        "r3hf/sum_abs_over_std": of["sum_abs"].mean / spread if spread > 0.0 else 0.0,
+        "r3hf/first_token_mass": first / everywhere if everywhere else 0.0,
+        "r3hf/last_token_mass": last / everywhere if everywhere else 0.0,
+        "r3hf/eos_token_mass": eos / everywhere if everywhere else 0.0,
+        "policy/positive_advantages": added["positive"][0] / max(of["advantage"].count, 1.0),
+    }
+    if config.reward.reads_prefixes:
+        metrics["r3hf/eos_jump_mass"] = jumps / differences if differences else 0.0
     return metrics
 
 
 def _named(of: dict[str, Moments], added: dict[str, list[float]], largest: dict[str, float]) -> dict[str, float]:
-    at_last, everywhere = added["mass"]
     return {
         "reward/score/mean": of["score"].mean,
         "reward/score/std": of["score"].std,
@@ -119,11 +164,8 @@ def _named(of: dict[str, Moments], added: dict[str, list[float]], largest: dict[
         "r3hf/token_reward/absmax": largest["reward"],
         "r3hf/telescoping_error/max": largest["telescoping"],
         "r3hf/empty_prefix_score/mean": of["prompt_score"].mean,
-        "r3hf/last_token_mass": at_last / everywhere if everywhere else 0.0,
         "r3hf/position_corr": _correlation(of["position"], of["reward"], added["product"][0]),
         "policy/entropy": of["entropy"].mean,
-        "critic/explained_var": _explained(of["residual"], of["return"]),
-        "critic/values/mean": of["value"].mean,
         "critic/returns/mean": of["return"].mean,
         "critic/advantages/mean": of["advantage"].mean,
         "critic/advantages/std": of["advantage"].std,

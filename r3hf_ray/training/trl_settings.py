@@ -59,7 +59,7 @@ def arguments(
 
     TRL's own defaults differ from what a reader of our TOML would expect (bf16 and gradient checkpointing on), so
     everything that matters is stated. Batches are random: batches of rows of like length save padding, but in the toy
-    they cost the policy a whole point of gold reward (0.83 to -0.29, `docs/results.md`). TRL must be given a folder, but
+    they cost the policy a point of gold reward (0.83 to -0.29, `docs/results.md`). TRL must be given a folder, but
     is told to save nothing.
     """
     size, accumulation = split_batch(section.batch_size, section.microbatch_size, trainer.ranks)

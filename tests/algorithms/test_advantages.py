@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,8 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r3hf_ray.algorithms.advantages import gae, kl_penalized_rewards, next_kl_coef
-from r3hf_ray.algorithms.redistribution import PrefixScores, normalize, redistribute
+from r3hf_ray.algorithms.advantages import (
+    STD_FLOOR,
+    gae,
+    grpo_advantages,
+    kl_estimate,
+    kl_penalized_rewards,
+    next_kl_coef,
+    returns_to_go,
+    rloo_advantages,
+    whole_returns,
+)
+from r3hf_ray.algorithms.redistribution import PrefixScores, redistribute
+from r3hf_ray.algorithms.scaling import normalize
 
 LENGTHS = ((2, 5), (1, 1), (4, 3), (3, 12))
 
@@ -171,3 +183,109 @@ def test_the_kl_controller_moves_towards_its_target_and_no_faster_than_a_fifth()
     assert next_kl_coef(0.05, kl=6.6, **step) == pytest.approx(0.05 * 1.05)
     assert next_kl_coef(0.05, kl=600.0, **step) == pytest.approx(0.05 * 1.1)
     assert next_kl_coef(0.05, kl=-5.0, **step) == pytest.approx(0.05 * 0.9)
+
+
+def test_the_three_estimates_of_a_tokens_kl():
+    log_ratio = torch.tensor([[0.5, -0.5, 0.0]], dtype=torch.float64)
+    e = np.exp(0.5)
+    torch.testing.assert_close(kl_estimate(log_ratio, "k1"), log_ratio)
+    torch.testing.assert_close(kl_estimate(log_ratio, "k2"), torch.tensor([[0.125, 0.125, 0.0]], dtype=torch.float64))
+    expected = torch.tensor([[1 / e - 0.5, e - 1.5, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(kl_estimate(log_ratio, "k3"), expected)
+    with pytest.raises(ValueError, match="choose k1, k2 or k3"):
+        kl_estimate(log_ratio, "k4")
+
+
+def test_k1_and_k3_are_unbiased_and_k2_is_not():
+    policy, reference = torch.tensor([0.7, 0.2, 0.1]).log()[None], torch.tensor([0.3, 0.3, 0.4]).log()[None]
+    exact = (policy.exp() * (policy - reference)).sum()
+    means = {name: (policy.exp() * kl_estimate(policy - reference, name)).sum() for name in ("k1", "k2", "k3")}
+    torch.testing.assert_close(means["k1"], exact)
+    torch.testing.assert_close(means["k3"], exact)
+    assert abs(means["k2"] - exact) > 0.005
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_the_kl_penalty_takes_the_estimator(estimator):
+    mask = torch.tensor([[False, True, True]])
+    logprobs, reference = torch.tensor([[0.0, -1.0, -2.0]]), torch.tensor([[float("nan"), -1.5, -1.0]])
+    result = kl_penalized_rewards(torch.ones(1, 3), logprobs, reference, mask, kl_coef=0.1, estimator=estimator)
+    expected = 1.0 - 0.1 * kl_estimate(torch.tensor([[0.0, 0.5, -1.0]]), estimator)
+    torch.testing.assert_close(result, expected * mask)
+
+
+def test_return_to_go_of_r3hf_is_the_score_minus_the_prefix_score():
+    mask = padded_mask()
+    scores = prefix_scores(mask, 3)
+    rewards = redistribute(scores, mask, mode="r3hf", beta_c=1.0, subtract_prompt_score=True)
+    to_go = returns_to_go(rewards, mask, gamma=1.0)
+    phi = potential(scores, mask, subtract_prompt_score=True)
+    torch.testing.assert_close(to_go, (scores.pooled[:, None] - phi) * mask, rtol=0, atol=1e-13)
+    torch.testing.assert_close(whole_returns(to_go, mask), scores.pooled - scores.prompt, rtol=0, atol=1e-13)
+    assert whole_returns(to_go, torch.zeros_like(mask)).tolist() == [0.0] * len(mask)
+
+
+GROUPS = torch.tensor([7, 7, 7, 3])
+"""Prompt ids of the rows of `padded_mask`: three samples of one prompt, one of another."""
+
+
+def in_group(to_go, mask):
+    return GROUPS, whole_returns(to_go, mask)
+
+
+def test_rloo_of_terminal_rewards_is_rloo():
+    mask, score = padded_mask(), torch.tensor([1.0, 2.0, 6.0, 5.0], dtype=torch.float64)
+    scores = PrefixScores(prefix=noise(mask, 1), prompt=torch.zeros_like(score), pooled=score)
+    to_go = returns_to_go(
+        redistribute(scores, mask, mode="terminal", beta_c=1.0, subtract_prompt_score=True), mask, gamma=1.0
+    )
+    advantages = rloo_advantages(to_go, mask, GROUPS, in_group(to_go, mask))
+    # the last prompt has one sample, which is compared with all others
+    expected = torch.tensor([1 - 4.0, 2 - 3.5, 6 - 1.5, 5 - 3.0], dtype=torch.float64)
+    torch.testing.assert_close(advantages, expected[:, None] * mask)
+
+
+def test_grpo_of_terminal_rewards_is_grpo():
+    mask, score = padded_mask(), torch.tensor([1.0, 2.0, 6.0, 5.0], dtype=torch.float64)
+    to_go = score[:, None] * mask
+    advantages = grpo_advantages(to_go, mask, GROUPS, in_group(to_go, mask))
+    group, everyone = np.array([1, 2, 6.0]), score.numpy()
+    expected = [*((group - group.mean()) / group.std()), (5 - everyone.mean()) / everyone.std()]
+    torch.testing.assert_close(advantages, torch.tensor(expected)[:, None] * mask)
+
+
+def test_a_group_of_equal_rewards_is_not_blown_up():
+    mask = padded_mask()
+    to_go = noise(mask, 2)
+    equal = (GROUPS, torch.ones(4, dtype=torch.float64))
+    advantages = grpo_advantages(to_go, mask, GROUPS, equal)
+    torch.testing.assert_close(advantages, (to_go - 1.0) * mask / STD_FLOOR)
+
+
+@pytest.mark.parametrize("relative", [rloo_advantages, grpo_advantages])
+def test_token_credit_enters_as_a_baseline_of_the_state_and_the_first_token_is_the_sequences(relative):
+    """With r3hf the advantage is terminal's minus (P_{t-1} - P_0) and nothing else: the same expected gradient."""
+    mask = padded_mask()
+    scores = replace(prefix_scores(mask, 3), prompt=torch.tensor([0.5, 0.5, 0.5, 0.5], dtype=torch.float64))
+    options = {"beta_c": 1.0, "subtract_prompt_score": True}
+    dense, sparse = (
+        returns_to_go(redistribute(scores, mask, mode=mode, **options), mask, gamma=1.0)
+        for mode in ("r3hf", "terminal")
+    )
+    dense_advantages = relative(dense, mask, GROUPS, in_group(dense, mask))
+    sparse_advantages = relative(sparse, mask, GROUPS, in_group(sparse, mask))
+    paid = (potential(scores, mask, subtract_prompt_score=True) - 0.5) * mask
+    gap = sparse_advantages - dense_advantages
+    if relative is rloo_advantages:
+        torch.testing.assert_close(gap, paid, rtol=0, atol=1e-13)
+    first = mask & (mask.cumsum(1) == 1)
+    torch.testing.assert_close(gap[first], torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("relative", [rloo_advantages, grpo_advantages])
+def test_padding_is_not_read_by_group_advantages(relative):
+    mask = padded_mask()
+    to_go = noise(mask, 2)
+    everyone = in_group(to_go, mask)
+    junk = to_go.masked_fill(~mask, float("nan"))
+    assert torch.equal(relative(junk, mask, GROUPS, everyone), relative(to_go, mask, GROUPS, everyone))

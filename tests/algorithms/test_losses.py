@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from r3hf_ray.algorithms.losses import importance_weights, policy_loss, value_loss
+from r3hf_ray.algorithms.advantages import kl_estimate
+from r3hf_ray.algorithms.losses import importance_weights, kl_loss, policy_loss, value_loss
 
 B, T, D = 6, 9, 4
 MASK = torch.arange(T) < torch.tensor([9, 3, 5, 1, 7, 4])[:, None]
@@ -187,3 +188,60 @@ def test_importance_weights_multiply_each_tokens_loss():
     torch.testing.assert_close(weighted, plain)
     ones = MASK.double()
     assert torch.equal(policy_share(WEIGHT, rows, importance=ones)[0], policy_share(WEIGHT, rows)[0])
+
+
+def test_the_upper_clip_has_its_own_range():
+    ratio = (FEATURES @ WEIGHT).exp().numpy()
+    a, inside = ADVANTAGES.numpy(), MASK.numpy()
+    expected = np.maximum(-a * ratio, -a * np.clip(ratio, 0.8, 1.5))[inside].sum() / N
+    logprobs, rows = OLD + FEATURES @ WEIGHT, list(range(B))
+    loss, _ = policy_loss(logprobs, OLD, ADVANTAGES, MASK, clip_range=0.2, num_tokens=N, clip_range_high=0.5)
+    assert loss.item() == pytest.approx(expected, abs=1e-13)
+    assert loss != policy_share(WEIGHT, rows)[0]
+    same, _ = policy_loss(logprobs, OLD, ADVANTAGES, MASK, clip_range=0.2, num_tokens=N, clip_range_high=0.2)
+    assert torch.equal(same, policy_share(WEIGHT, rows)[0])
+
+
+def test_dual_clip_bounds_the_loss_of_bad_tokens_that_became_likely():
+    ratio = torch.tensor([[1.0, 2.9, 3.1, 8.0, 8.0]], dtype=torch.float64)
+    advantages = torch.tensor([[-1.0, -1.0, -1.0, -2.0, 1.0]], dtype=torch.float64)
+    mask, logprobs = torch.ones(1, 5, dtype=torch.bool), ratio.log().requires_grad_()
+    old = torch.zeros_like(ratio)
+    loss, metrics = policy_loss(logprobs, old, advantages, mask, clip_range=0.2, num_tokens=1, dual_clip=3.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(1.0 + 2.9 + 3.0 + 6.0 - 1.2)
+    assert (logprobs.grad != 0).tolist() == [[True, True, False, False, False]]
+    assert metrics["dual_clipfrac"] == 2
+    without, plain = policy_loss(logprobs, old, advantages, mask, clip_range=0.2, num_tokens=1)
+    assert without.item() == pytest.approx(1.0 + 2.9 + 3.1 + 16.0 - 1.2)
+    assert "dual_clipfrac" not in plain
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_as_a_loss_has_the_gradient_of_the_kl_whatever_it_reports(estimator):
+    """In expectation over the policy's own samples, summed exactly over a vocabulary of three."""
+    logits = torch.tensor([0.3, -1.0, 0.8], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log()
+    policy = logits.log_softmax(0)
+    kl = (policy.exp() * (policy - reference)).sum()
+    (exact,) = torch.autograd.grad(kl, logits, retain_graph=True)
+    every = torch.ones(1, 3, dtype=torch.bool)
+    probability = policy.detach().exp()[None]  # as weights: each token of the vocabulary, as often as it is sampled
+    loss, metrics = kl_loss(policy[None], reference[None], every, coef=probability, estimator=estimator, num_tokens=1)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(gradient, exact, rtol=0, atol=1e-14)
+    if estimator != "k2":
+        torch.testing.assert_close(loss.detach(), kl.detach())
+    torch.testing.assert_close(metrics["kl_loss"], kl_estimate((policy - reference).detach()[None], estimator).sum())
+
+
+def test_kl_loss_reads_no_padding_and_a_filler_adds_nothing():
+    junk = torch.where(MASK, BEHAVIOR, torch.full_like(BEHAVIOR, float("nan")))
+    coef = 0.1 * MASK.double()
+    logprobs = OLD.clone().requires_grad_()
+    loss, _ = kl_loss(logprobs, junk, MASK, coef=coef, estimator="k3", num_tokens=N)
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, 0.1 * (OLD - BEHAVIOR) * MASK / N)
+    nothing = torch.zeros_like(MASK)
+    empty, metrics = kl_loss(logprobs, junk, nothing, coef=coef, estimator="k3", num_tokens=N)
+    assert empty == 0 and metrics["kl_loss"] == 0

@@ -1,5 +1,6 @@
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,14 +12,19 @@ from r3hf_ray.algorithms.redistribution import (
     METHODS,
     TOTALS,
     PrefixScores,
+    abc,
+    eos_jump,
     expected_sum,
-    missing_eos,
-    normalize,
     r3hf,
     redistribute,
+    segment,
+    settle_eos_jump,
     telescoping_error,
     terminal,
+    uniform,
 )
+from r3hf_ray.algorithms.spans import entropy_ends, ngram_ends, sentence_ends
+from r3hf_ray.config import MODES
 
 OPTIONS = [
     {"mode": mode, "beta_c": beta_c, "subtract_prompt_score": subtract}
@@ -172,63 +178,124 @@ def test_unknown_names_are_refused_with_the_choices():
     ):
         with pytest.raises(ValueError, match="no redistribution method 'sparse'; choose one of terminal, r3hf"):
             function()
-    with pytest.raises(ValueError, match="choose keep, penalty or zero_credit"):
-        missing_eos(scores.prefix, mask, torch.ones(4, dtype=torch.bool), rule="drop", penalty=1.0)
+    with pytest.raises(ValueError, match="choose keep, spread or drop"):
+        settle_eos_jump(scores, mask, torch.ones(4, dtype=torch.bool), rule="pay")
 
 
 def test_every_method_says_what_it_sums_to():
     scores, mask = ragged()
-    assert METHODS.keys() == TOTALS.keys()
-    for name, method in METHODS.items():
+    assert METHODS.keys() == TOTALS.keys() == set(MODES)
+    for name, method in bound(mask).items():
         torch.testing.assert_close(method(scores, mask).sum(1), TOTALS[name](scores), rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("terminal_weight", [0.0, 0.5, 1.0])
-def test_normalize_has_no_term_in_the_length(terminal_weight):
-    scores, mask = ragged(lengths=((1, 1), (1, 10), (1, 200)))
-    rewards = r3hf(scores, mask)
-    normal = normalize(rewards, mask, mean=3.0, scale=4.0, terminal_weight=terminal_weight)
-    torch.testing.assert_close(normal.sum(1), (rewards.sum(1) - terminal_weight * 3.0) / 4.0, rtol=0, atol=1e-12)
-    taken_off = torch.zeros_like(rewards)
-    for row, last in enumerate([1, 10, 200]):
-        taken_off[row, last] = terminal_weight * 3.0 / 4.0
-    torch.testing.assert_close(rewards / 4.0 - normal, taken_off, rtol=0, atol=1e-14)
-    assert torch.equal(normal[~mask], torch.zeros_like(normal[~mask]))
+def bound(mask, seed=9):
+    """Every method with random evidence: attention everywhere, span ends where it happens."""
+    generator = torch.Generator().manual_seed(seed)
+    attention = torch.rand(mask.shape, generator=generator, dtype=torch.float64)
+    ends = torch.rand(mask.shape, generator=generator) < 0.3
+    return METHODS | {"abc": partial(abc, attention=attention), "segment": partial(segment, span_ends=ends)}
 
 
-@pytest.mark.parametrize("shift_mean", [True, False])
-def test_whitening_token_rewards_would_pay_for_length(shift_mean):
-    scores, mask = ragged(lengths=((1, 1), (1, 10), (1, 200)))
-    rewards = r3hf(scores, mask) + 0.3 * mask
-    mean, std = rewards[mask].mean(), rewards[mask].std()
-    whitened = ((rewards - mean) / std + (0.0 if shift_mean else mean)) * mask
-    length_term = whitened.sum(1) - rewards.sum(1) / std
-    per_token = -mean / std if shift_mean else mean * (1 - 1 / std)
-    torch.testing.assert_close(length_term, per_token * mask.sum(1), rtol=1e-9, atol=1e-9)
-    assert length_term.abs().max() > 1.0
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rule", ["keep", "spread", "drop"])
+@pytest.mark.parametrize(("beta_c", "subtract"), itertools.product([0.3, 1.0], [True, False]))
+def test_every_method_telescopes_in_float32_under_every_rule_for_the_jump(mode, rule, beta_c, subtract):
+    options = {"mode": mode, "beta_c": beta_c, "subtract_prompt_score": subtract}
+    scores, mask = ragged(dtype=torch.float32)
+    settled = settle_eos_jump(scores, mask, torch.tensor([True, True, False, True]), rule=rule)
+    rewards = redistribute(settled, mask, **options, method=bound(mask)[mode])
+    assert rewards.dtype == torch.float32
+    assert (telescoping_error(rewards, settled, mask, **options) < 1e-6).all()
+    assert not rewards[~mask].any()
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
-def test_a_scale_that_is_not_positive_is_refused(scale):
+def test_uniform_pays_every_token_the_same():
     scores, mask = ragged()
-    with pytest.raises(ValueError, match="must be positive"):
-        normalize(scores.prefix, mask, mean=0.0, scale=scale, terminal_weight=0.0)
+    rewards = uniform(scores, mask)
+    assert torch.equal(rewards[0, 2:7], (scores.pooled[0] / 5).expand(5))
+    assert rewards[1, 1] == scores.pooled[1]
 
 
-def test_missing_eos_rules():
-    scores, mask = ragged()
-    rewards = r3hf(scores, mask)
-    truncated = torch.tensor([True, False, True, False])
-    kept, fined, zeroed = (
-        missing_eos(rewards, mask, truncated, rule=rule, penalty=2.0) for rule in ("keep", "penalty", "zero_credit")
+def test_abc_pays_by_attention_renormalised_over_the_response():
+    scores = PrefixScores(prefix=torch.zeros(2, 4), prompt=torch.tensor([0.5, 0.5]), pooled=torch.tensor([2.0, -3.0]))
+    mask = torch.tensor([[False, True, True, True], [False, False, True, True]])
+    attention = torch.tensor([[0.6, 0.1, 0.1, 0.2], [0.9, 0.1, 0.0, 0.0]])
+    torch.testing.assert_close(
+        abc(scores, mask, attention=attention), torch.tensor([[0.0, 0.5, 0.5, 1.0], [0.0, 0.0, 0.0, -3.0]])
     )
-    assert torch.equal(kept, rewards)
-    for result in (fined, zeroed):
-        assert torch.equal(result[~truncated], rewards[~truncated])
-        assert torch.equal(result[~mask], torch.zeros_like(result[~mask]))
-    torch.testing.assert_close(fined.sum(1), rewards.sum(1) - 2.0 * truncated)
-    assert fined[0, 6] == rewards[0, 6] - 2.0
-    assert torch.equal(fined[0, :6], rewards[0, :6])
-    assert zeroed[0, 6] == -2.0
-    assert torch.equal(zeroed[truncated].sum(1), torch.full((2,), -2.0, dtype=torch.float64))
-    assert (zeroed[truncated] != 0).sum() == 2
+    mixed = redistribute(
+        scores, mask, mode="abc", beta_c=0.8, subtract_prompt_score=True, method=partial(abc, attention=attention)
+    )
+    torch.testing.assert_close(mixed[0], torch.tensor([0.0, 0.4, 0.4, 0.8 + 0.4]))
+
+
+def test_segment_is_r3hf_summed_over_spans_and_paid_at_their_last_tokens():
+    scores, mask = ragged()
+    tokens = r3hf(scores, mask)
+    for ends in (ngram_ends(mask, length=2), ngram_ends(mask, length=4), bound(mask)["segment"].keywords["span_ends"]):
+        paid = segment(scores, mask, span_ends=ends)
+        for b in range(len(mask)):
+            held = 0.0
+            for t in mask[b].nonzero().flatten().tolist():
+                held = held + tokens[b, t]
+                is_end = bool(ends[b, t]) or not mask[b, t + 1 :].any()
+                assert paid[b, t] == pytest.approx(float(held) if is_end else 0.0, abs=1e-14)
+                held = 0.0 if is_end else held
+    assert torch.equal(segment(scores, mask, span_ends=mask), tokens)
+    whole = terminal(replace(scores, pooled=scores.pooled - scores.prompt), mask)
+    torch.testing.assert_close(segment(scores, mask, span_ends=torch.zeros_like(mask)), whole, rtol=0, atol=1e-14)
+
+
+def test_where_spans_end():
+    mask = torch.tensor([[False, True, True, True, True, True, False]])
+    token_ids = torch.tensor([[9, 5, 9, 5, 6, 5, 9]])
+    last_only = [[False, False, False, False, False, True, False]]
+    assert sentence_ends(token_ids, mask, end_ids=torch.tensor([9, 6])).tolist() == [
+        [False, False, True, False, True, True, False]
+    ]
+    assert ngram_ends(mask, length=2).tolist() == [[False, False, True, False, True, True, False]]
+    assert ngram_ends(mask, length=99).tolist() == last_only
+    # token 4 was drawn from a wide distribution: the span before it ends at token 3
+    entropy = torch.tensor([[9.0, 9.0, 0.1, 0.2, 2.0, 1.0, 9.0]])
+    assert entropy_ends(entropy, mask, threshold=1.5).tolist() == [[False, False, False, True, False, True, False]]
+    assert entropy_ends(entropy, mask, threshold=float("inf")).tolist() == last_only
+    assert torch.equal(entropy_ends(entropy, mask, threshold=0.0), mask)
+
+
+def test_the_jump_at_eos_is_kept_spread_or_dropped_on_finished_responses_only():
+    scores, mask = ragged()
+    finished = torch.tensor([True, True, False, True])
+    kept, jump = r3hf(scores, mask), eos_jump(scores, mask)
+    lasts = [6, 1, 6, 11]
+    assert torch.equal(jump, kept[range(4), lasts])
+    assert settle_eos_jump(scores, mask, finished, rule="keep") is scores
+    spread = r3hf(settle_eos_jump(scores, mask, finished, rule="spread"), mask)
+    dropped = r3hf(settle_eos_jump(scores, mask, finished, rule="drop"), mask)
+    for b, length in enumerate([5, 1, 3, 9]):
+        if not finished[b]:
+            assert torch.equal(spread[b], kept[b]) and torch.equal(dropped[b], kept[b])
+            continue
+        expected = kept[b].clone()
+        expected[lasts[b]] = 0.0
+        torch.testing.assert_close(dropped[b], expected, rtol=0, atol=1e-14)
+        torch.testing.assert_close(spread[b], expected + jump[b] / length * mask[b], rtol=0, atol=1e-14)
+    torch.testing.assert_close(spread.sum(1), kept.sum(1))
+    torch.testing.assert_close(dropped.sum(1), kept.sum(1) - jump * finished)
+
+
+def test_a_users_own_method_is_mixed_masked_and_only_asked_to_be_finite():
+    scores, mask = ragged()
+    options = {"mode": "mine:every_other", "beta_c": 0.5, "subtract_prompt_score": False}
+
+    def own(scores, response_mask):
+        assert not scores.prompt.any()
+        return torch.full(response_mask.shape, 3.0)
+
+    rewards = redistribute(scores, mask, **options, method=own)
+    torch.testing.assert_close(rewards, 1.5 * mask + 0.5 * terminal(scores, mask))
+    assert telescoping_error(rewards, scores, mask, **options).tolist() == [0.0] * 4
+    rewards[2, 5] = float("inf")
+    assert telescoping_error(rewards, scores, mask, **options).isnan().tolist() == [False, False, True, False]
+    with pytest.raises(ValueError, match=r"mine:every_other gives rewards of shape \[4\], not \[4, 14\]"):
+        redistribute(scores, mask, **options, method=lambda scores, mask: scores.pooled)

@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from r3hf_ray.models.load import load_reward_model
-from r3hf_ray.models.prefix_scores import prefix_scores
+from r3hf_ray.models.load import ModelError, load_reward_model
+from r3hf_ray.models.prefix_scores import prefix_scores, prefix_scores_and_attention
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +83,31 @@ def test_the_head_is_float32_above_a_bfloat16_trunk(tiny_models):
     assert next(model.base_model.parameters()).dtype == torch.bfloat16
     out = prefix_scores(model, *rows(), suffix_ids=[7], finished=torch.tensor([True, True]))
     assert out.prefix.dtype == out.pooled.dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("suffix", [[], [7, 9]])
+def test_attention_of_the_last_response_token_comes_with_the_same_scores(tiny_models, model, suffix):
+    """A row alone, without suffix or padding, through transformers' own classifier with eager attention."""
+    eager = load_reward_model(tiny_models.reward, torch.float32, attention="eager")
+    ids, attention, response = rows()
+    options = {"suffix_ids": suffix, "finished": torch.tensor([True, False])}
+    scores, weights = prefix_scores_and_attention(eager, ids, attention, response, **options)
+    expected = prefix_scores(model, ids, attention, response, **options)
+    for name in ("prefix", "prompt", "pooled"):
+        torch.testing.assert_close(getattr(scores, name), getattr(expected, name), rtol=0, atol=2e-6)
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_models.reward, attn_implementation="eager").eval()
+    for b in range(2):
+        length = int(attention[b].sum())
+        maps = plain(ids[b : b + 1, :length], output_attentions=True).attentions[-1]
+        last = maps[0, :, -1].mean(0) * response[b, :length]
+        torch.testing.assert_close(weights[b, :length], last, rtol=0, atol=2e-6)
+        assert not weights[b, length:].any()
+
+
+def test_a_model_that_hides_its_attention_is_refused(model):
+    ids, attention, response = rows()
+    with pytest.raises(ModelError, match=r"reward\.mode = abc"):
+        prefix_scores_and_attention(
+            model, ids, attention, response, suffix_ids=[], finished=torch.tensor([True, False])
+        )

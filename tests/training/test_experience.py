@@ -1,0 +1,265 @@
+"""Every way to credit a token, from a scored batch to the losses' inputs, on one rank and on two."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from r3hf_ray.algorithms.batching import Batch, collate
+from r3hf_ray.config import PPOConfig
+from r3hf_ray.models.sharding import make_mesh
+from r3hf_ray.tracking.metrics import METRICS
+from r3hf_ray.training.experience import (
+    Evaluation,
+    RewardScale,
+    TelescopingError,
+    loss_inputs,
+    make_experience,
+    require_telescoping,
+)
+from r3hf_ray.training.ppo import DivergenceError, PPOLearner, replay_capsule
+from r3hf_ray.types import Finish, ScoredTrajectory, Trajectory
+
+SHAPES = [(2, 4), (2, 6), (2, 3), (3, 5), (3, 1), (3, 7)]
+"""Prompt and response lengths: three samples of each of two prompts. The last response is cut."""
+
+
+def scored(index: int) -> ScoredTrajectory:
+    prompt_len, length = SHAPES[index]
+    rng = np.random.default_rng(index)
+
+    def per_token(mean: float, std: float) -> np.ndarray:
+        return np.concatenate([np.zeros(prompt_len), rng.normal(mean, std, length)]).astype(np.float32)
+
+    prefix, prompt_score = per_token(1.0, 1.0), 0.5 if index < 3 else -0.25
+    rewards = np.zeros_like(prefix)
+    rewards[prompt_len:] = np.diff(prefix[prompt_len:], prepend=np.float32(prompt_score))
+    trajectory = Trajectory(
+        prompt_id=index // 3,
+        sample=index % 3,
+        attempt=0,
+        policy_version=0,
+        prompt_len=prompt_len,
+        finish=Finish.LENGTH if index == 5 else Finish.EOS,
+        token_ids=rng.integers(3, 40, prompt_len + length).astype(np.int32),
+        behavior_logprobs=per_token(-3.7, 0.3),
+    )
+    return ScoredTrajectory(
+        trajectory=trajectory,
+        token_rewards=rewards,
+        prefix_scores=prefix,
+        ref_logprobs=per_token(-3.7, 0.3),
+        score=float(prefix[-1]),
+        prompt_score=prompt_score,
+    )
+
+
+ALL = [scored(index) for index in range(6)]
+
+
+def configuration(**sections) -> PPOConfig:
+    given = {
+        "run": {"name": "test"},
+        "model": {"policy": "p", "reward_model": "r"},
+        "data": {"source": "none"},
+        "rollout": {"prompts_per_step": 2, "samples_per_prompt": 3},
+    }
+    return PPOConfig(**{name: given.get(name, {}) | sections.get(name, {}) for name in given.keys() | sections.keys()})
+
+
+def seen(batch: Batch) -> Evaluation:
+    gap = 0.25 * batch.response_mask
+    return Evaluation(logprobs=batch.ref_logprobs + gap, entropy=gap, values=torch.zeros_like(gap))
+
+
+def experience(config: PPOConfig, items=ALL, *, kl_coef=0.0, mean=0.0, scale=1.0):
+    batch = collate(items, pad_id=0)
+    error = torch.zeros(len(items))
+    return make_experience(batch, seen(batch), error, config, scale=RewardScale(mean, scale), kl_coef=kl_coef)
+
+
+def wholes(exp) -> list[float]:
+    return exp.total_rewards.sum(1).tolist()
+
+
+def test_r3hf_baseline_is_gae_with_a_zero_critic_and_lambda_1():
+    free = experience(configuration(ppo={"advantage": "r3hf_baseline"}), kl_coef=0.1)
+    critic = experience(configuration(ppo={"gae_lambda": 1.0}), kl_coef=0.1)
+    torch.testing.assert_close(free.advantages, critic.advantages)
+    torch.testing.assert_close(free.returns, free.advantages)
+
+
+def test_rloo_takes_the_others_of_the_prompt_with_kl_and_missing_eos():
+    sections = {"ppo": {"advantage": "rloo"}, "reward": {"missing_eos": "penalty", "missing_eos_penalty": 2.0}}
+    exp = experience(configuration(**sections), kl_coef=0.1)
+    whole = wholes(exp)
+    assert whole[5] == pytest.approx(ALL[5].score + 0.25 - 2.0 - 0.1 * 0.25 * 7, abs=1e-5)
+    first = exp.batch.response_mask & (exp.batch.response_mask.cumsum(1) == 1)
+    others = [(sum(whole[:3]) - w) / 2 for w in whole[:3]] + [(sum(whole[3:]) - w) / 2 for w in whole[3:]]
+    np.testing.assert_allclose(exp.advantages[first], np.subtract(whole, others), rtol=0, atol=1e-5)
+
+
+def test_grpo_standardises_by_the_prompt():
+    exp = experience(configuration(ppo={"advantage": "grpo"}), scale=0.1)
+    first = exp.batch.response_mask & (exp.batch.response_mask.cumsum(1) == 1)
+    groups = np.array(wholes(exp)).reshape(2, 3)
+    expected = (groups - groups.mean(1, keepdims=True)) / groups.std(1, keepdims=True)
+    np.testing.assert_allclose(exp.advantages[first], expected.ravel(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompts_offset_in_the_reward_model_is_nothing_to_groups():
+    """P_0 cancels in r3hf; where terminal rewards carry it, the group's mean takes it away."""
+    moved = [replace(item, score=item.score + 10.0 * (i < 3)) for i, item in enumerate(ALL)]
+    config = configuration(ppo={"advantage": "rloo"}, reward={"mode": "terminal"})
+
+    def sparse(items):
+        paid = [np.zeros_like(item.token_rewards) for item in items]
+        for rewards, item in zip(paid, items, strict=True):
+            rewards[-1] = item.score
+        return [replace(item, token_rewards=rewards) for item, rewards in zip(items, paid, strict=True)]
+
+    one, other = (experience(config, sparse(items)).advantages for items in (ALL, moved))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_kl_in_the_loss_leaves_the_reward_alone_and_carries_its_price():
+    config = configuration(ppo={"kl_in": "loss"})
+    exp = experience(config, kl_coef=0.3)
+    assert torch.equal(exp.total_rewards, exp.rewards)
+    inputs = loss_inputs(exp, whiten_advantages=False)
+    torch.testing.assert_close(inputs.kl_price, 0.3 * exp.batch.response_mask)
+    assert torch.equal(inputs.ref_logprobs, exp.batch.ref_logprobs)
+    assert not inputs.filler().kl_price.any()
+    assert not loss_inputs(experience(configuration(), kl_coef=0.3), whiten_advantages=False).kl_price.any()
+
+
+@pytest.mark.parametrize(("estimator", "price"), [("k1", 0.25), ("k2", 0.25**2 / 2), ("k3", np.exp(-0.25) - 0.75)])
+def test_kl_in_the_reward_takes_the_estimator(estimator, price):
+    exp = experience(configuration(ppo={"kl_estimator": estimator}), kl_coef=1.0)
+    paid = (exp.rewards - exp.total_rewards)[exp.batch.response_mask]
+    torch.testing.assert_close(paid, torch.full_like(paid, price), rtol=0, atol=1e-5)
+
+
+def test_uniform_rewards_are_centred_by_shares():
+    items = []
+    for item in ALL:
+        rewards = np.zeros_like(item.token_rewards)
+        rewards[item.trajectory.prompt_len :] = item.score / (len(rewards) - item.trajectory.prompt_len)
+        items.append(replace(item, token_rewards=rewards))
+    config = configuration(reward={"mode": "uniform"})
+    assert require_telescoping(collate(items, pad_id=0), config).max() < 1e-6
+    exp = experience(config, items, mean=0.7, scale=2.0)
+    for row, (item, (prompt, length)) in enumerate(zip(items, SHAPES, strict=True)):
+        paid = exp.rewards[row, prompt : prompt + length]
+        torch.testing.assert_close(paid, torch.full((length,), (item.score - 0.7) / 2.0 / length), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["keep", "spread", "drop"])
+def test_the_learner_knows_what_the_rule_for_the_jump_sums_to(rule):
+    config = configuration(reward={"eos_jump": rule})
+    error = require_telescoping
+    items = []
+    for item in ALL:
+        start, rewards = item.trajectory.prompt_len, item.token_rewards.copy()
+        if item.trajectory.finish is Finish.EOS and rule != "keep":
+            jump, rewards[-1] = rewards[-1], 0.0
+            rewards[start:] += jump / len(rewards[start:]) if rule == "spread" else 0.0
+        items.append(replace(item, token_rewards=rewards))
+    assert error(collate(items, pad_id=0), config).max() < 1e-6
+    if rule == "drop":
+        with pytest.raises(TelescopingError):
+            error(collate(items, pad_id=0), configuration())
+
+
+# ---------------------------------------------------------------------------------------------- the whole learner
+
+PLANS = [[0, 1, 0, 1, 1, 0], [1, 1, 0, 0, 1, 0]]
+RANKS = [[0, 2, 3, 5], [1, 4]]
+VARIANTS = [
+    {"ppo": {"advantage": "rloo"}},
+    {"ppo": {"advantage": "grpo", "kl_in": "loss", "kl_estimator": "k3"}},
+    {"ppo": {"advantage": "reinforce_pp", "loss_aggregation": "sequence_sum"}},
+    {"ppo": {"kl_in": "loss", "loss_aggregation": "sequence_sum", "dual_clip": 3.0, "clip_range_high": 0.3}},
+]
+
+
+def learner(tiny_models, mesh=None, capsules=None, **sections):
+    models = {"policy": str(tiny_models.tied), "reward_model": str(tiny_models.reward)}
+    config = configuration(model=models, **sections)
+    return PPOLearner(config, scale=RewardScale(0.2, 1.5), device="cpu", mesh=mesh, capsules=capsules)
+
+
+def trained(tiny_models, rank=0, world=1, **sections):
+    """Two updates; metrics without times, and the policy."""
+    ppo = learner(tiny_models, make_mesh(2, "cpu") if world == 2 else None, **sections)
+    rows = RANKS[rank] if world == 2 else range(6)
+    plans = [[plan[i] for i in rows] for plan in PLANS]
+    metrics = [ppo.update([ALL[i] for i in rows], minibatch_of=plans) for _ in range(2)]
+    policy = {name: x.numpy().copy() for name, x in ppo.full_parameters()}
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics], policy, ppo.critic is None
+
+
+@pytest.mark.parametrize("sections", VARIANTS, ids=str)
+def test_two_ranks_give_the_same_step_as_one(tiny_models, run_ranks, sections):
+    """Samples of a prompt lie on different ranks."""
+    alone, policy, no_critic = trained(tiny_models, **sections)
+    assert no_critic == ("advantage" in sections["ppo"])
+    assert not [name for name in alone[0] if name.startswith(("critic/loss", "critic/explained"))] or not no_critic
+    assert alone[0].keys() <= METRICS.keys()
+    for metrics, weights, _ in run_ranks(lambda rank: trained(tiny_models, rank, 2, **sections)):
+        for mine, theirs in zip(metrics, alone, strict=True):
+            assert mine == pytest.approx(theirs, rel=2e-4, abs=2e-5)
+        for name, x in policy.items():
+            np.testing.assert_allclose(weights[name], x, rtol=0, atol=2e-6, err_msg=name)
+
+
+def test_sequence_sum_is_token_mean_times_the_mean_length(tiny_models):
+    """One minibatch: only the scale of the loss and its gradient differ."""
+    losses = {}
+    for aggregation in ("token_mean", "sequence_sum"):
+        sections = {"epochs": 1, "minibatches": 1, "loss_aggregation": aggregation, "gae_lambda": 1.0}
+        ppo = learner(tiny_models, ppo=sections | {"kl_in": "loss", "whiten_advantages": False})
+        losses[aggregation] = ppo.update(ALL, minibatch_of=[[0] * 6])
+    length = np.mean([response for _, response in SHAPES])
+    for name in ("policy/loss", "policy/grad_norm"):
+        assert losses["sequence_sum"][name] == pytest.approx(losses["token_mean"][name] * length, rel=1e-4)
+    for name in ("policy/kl_loss", "critic/loss"):
+        assert losses["sequence_sum"][name] == pytest.approx(losses["token_mean"][name], rel=1e-5)
+
+
+def test_guard_rails_are_those_of_the_data(tiny_models):
+    ppo = learner(tiny_models)
+    metrics = ppo.update(ALL, minibatch_of=PLANS)
+    raw = [item.token_rewards[item.trajectory.prompt_len :] for item in ALL]
+    size = sum(np.abs(rewards).sum() for rewards in raw)
+    ended = sum(abs(rewards[-1]) for rewards in raw[:5])
+    assert metrics["r3hf/sum/mean"] == pytest.approx(np.mean([rewards.sum() for rewards in raw]) / 1.5, rel=1e-4)
+    spread = np.std([item.score for item in ALL])
+    assert metrics["r3hf/sum_abs_over_std"] == pytest.approx(size / 6 / spread, rel=1e-4)
+    assert metrics["r3hf/first_token_mass"] == pytest.approx(sum(abs(rewards[0]) for rewards in raw) / size, rel=1e-4)
+    assert metrics["r3hf/eos_token_mass"] == pytest.approx(ended / size, rel=1e-4)
+    assert metrics["r3hf/eos_jump_mass"] == pytest.approx(ended / size, rel=1e-4)
+    assert metrics["r3hf/last_token_mass"] == pytest.approx((ended + abs(raw[5][-1])) / size, rel=1e-4)
+    advantages = np.array([row["advantage"] for row in ppo.samples(6)])
+    assert metrics["policy/positive_advantages"] == pytest.approx((advantages > advantages.mean()).mean())
+    assert metrics["rollout/length_drift"] == 0.0
+    assert ppo.update(ALL[:3], minibatch_of=[plan[:3] for plan in PLANS])["rollout/length_drift"] == pytest.approx(
+        (13 / 3) / (26 / 6) - 1, abs=1e-6
+    )
+
+
+def test_without_a_critic_checkpoints_and_capsules_work(tiny_models, tmp_path):
+    ppo = learner(tiny_models, capsules=tmp_path / "capsules", ppo={"advantage": "rloo"})
+    ppo.update(ALL, minibatch_of=PLANS)
+    ppo.save(tmp_path / "checkpoint")
+    other = learner(tiny_models, capsules=tmp_path / "capsules", ppo={"advantage": "rloo"})
+    other.load(tmp_path / "checkpoint")
+    assert other.first == ppo.first != {}
+    assert other.update(ALL, minibatch_of=PLANS)["policy/loss"] == ppo.update(ALL, minibatch_of=PLANS)["policy/loss"]
+    other.set_scale(RewardScale(0.0, 2.0))
+    broken = [*ALL[:2], replace(ALL[2], ref_logprobs=np.full_like(ALL[2].ref_logprobs, np.nan)), *ALL[3:]]
+    with pytest.raises(DivergenceError, match="policy/loss nan"):
+        other.update(broken, minibatch_of=PLANS)
+    replay = replay_capsule(tmp_path / "capsules" / "step_000002")
+    assert np.isnan(replay.policy_loss) and (replay.critic_loss, replay.critic_grad_norm) == (0.0, 0.0)

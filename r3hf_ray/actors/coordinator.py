@@ -85,6 +85,7 @@ class Coordinator:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._steps: dict[int, Step] = {}
         self._confirmed: dict[int, asyncio.Task[Row]] = {}
+        self._unconfirmed: dict[int, Row] = {}
         self._calibration = (0.0, 1.0)
         self._calibrated, self._published = asyncio.Event(), asyncio.Event()
         self._slots = asyncio.Semaphore(0)
@@ -96,6 +97,8 @@ class Coordinator:
         """A learner group (re)starts at `step`: drop whatever was under way; generation waits for its first weights."""
         for task in list(self._tasks):
             task.cancel()
+        # A rank may die after its step was checkpointed and before the samplers confirmed: that step is not done again.
+        self._rows += [row for done, row in self._unconfirmed.items() if done <= step]
         self._reset(step)
         self._attempt += 1
         kind = "started" if self._attempt == self._first_attempt else "restart"
@@ -150,9 +153,11 @@ class Coordinator:
 
     async def report(self, step: int, metrics: Row) -> None:
         """Close the metrics row of `step` (PPO steps done) once its weights are confirmed at the samplers."""
+        row = {"train/global_step": step, "attempt": self._attempt, "time": time.time(), **metrics}
+        self._unconfirmed[step] = row
         loaded = await self._confirmed[step]
-        row = {"train/global_step": step, "attempt": self._attempt, "time": time.time()}
-        self._rows.append(row | metrics | loaded)
+        if self._unconfirmed.pop(step, None) is row:
+            self._rows.append(row | loaded)
 
     async def event(self, kind: str, **fields: Any) -> None:
         """Record something the driver should write and show."""
@@ -293,7 +298,7 @@ class Coordinator:
     def _reset(self, step: int) -> None:
         self._first_version = step
         self._slots = asyncio.Semaphore(0)
-        self._steps, self._confirmed, self._tasks = {}, {}, set()
+        self._steps, self._confirmed, self._unconfirmed, self._tasks = {}, {}, {}, set()
         self._published, self._calibrated = asyncio.Event(), asyncio.Event()
         self._calibration = (0.0, 1.0)
 

@@ -110,7 +110,7 @@ class _Rank:
             own = {
                 "time/step": seconds,
                 "time/wait_rollout": waited,
-                "time/publish": published,
+                "time/sync": published,
                 "perf/tokens_per_sec": metrics["rollout/response_length/mean"] * share.responses / seconds,
             }
             self._coordinator.report.remote(self._learner.step, {**metrics, **share.metrics, **own})

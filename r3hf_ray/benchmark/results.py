@@ -14,7 +14,7 @@ LEARNER_STAGES = (
     "time/advantage",
     "time/train_policy",
     "time/train_critic",
-    "time/publish",
+    "time/sync",
 )
 """Parts of a learner step, one after the other; the rest of a step is moving refs and bookkeeping."""
 WORKER_STAGES = ("time/rollout", "time/reward", "sync/seconds")

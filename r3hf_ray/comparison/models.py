@@ -1,0 +1,106 @@
+"""The toy world, initial policy and reward model that all arms share; each part is made once and found again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from r3hf_ray.comparison.settings import ToySection
+from r3hf_ray.config import RewardConfig, SFTConfig, load
+from r3hf_ray.prepare import train_reward, train_sft
+from r3hf_ray.toy.world import make_ranked, make_world
+
+PROMPT_TOKENS = 16
+"""More than a toy prompt has."""
+GOLD = {24: "gold_reward_24", 48: "gold_reward", 96: "gold_reward_96"}
+
+
+@dataclass(frozen=True, slots=True)
+class ToyPaths:
+    """Where the shared parts are, made or not."""
+
+    root: Path
+
+    @property
+    def world(self) -> Path:
+        """Base model, answers to imitate, prompts."""
+        return self.root / "world"
+
+    @property
+    def ranked(self) -> Path:
+        """Preferences."""
+        return self.root / "ranked.jsonl"
+
+    @property
+    def policy(self) -> Path:
+        """The initial policy."""
+        return self.root / "sft/model"
+
+    @property
+    def reward_model(self) -> Path:
+        """The reward model."""
+        return self.root / "reward/model"
+
+
+def toy_overrides(toy: ToySection, paths: ToyPaths) -> list[str]:
+    """Fields of the PPO job that name the shared parts."""
+    return [
+        *("--model.policy", str(paths.policy), "--model.reward_model", str(paths.reward_model)),
+        *("--data.source", str(paths.world / "prompts.jsonl"), "--data.heldout", str(toy.heldout_prompts)),
+        *("--rollout.max_response_tokens", str(toy.max_response_tokens)),
+        *("--reward.gold", f"r3hf_ray.toy.language:{GOLD[toy.max_response_tokens]}"),
+    ]
+
+
+def stage_configs(toy: ToySection, paths: ToyPaths) -> tuple[SFTConfig, RewardConfig]:
+    """The two stages, as quickstart runs them.
+
+    Raises:
+        ConfigError: a job cannot be read.
+    """
+    tokens = str(toy.max_response_tokens + PROMPT_TOKENS)
+    common = ["--run.folder", str(paths.root), "--run.seed", str(toy.seed)]
+    data = ["--model.base", str(paths.world / "base"), "--data.source", str(paths.world / "sft.jsonl")]
+    sft = load(SFTConfig, toy.sft_job, [*common, "--run.name", "sft", *data, "--sft.max_tokens", tokens])
+    data = ["--model.base", str(paths.policy), "--data.source", str(paths.ranked)]
+    size = ["--data.heldout", str(toy.heldout_pairs), "--reward_training.max_tokens", tokens]
+    return sft, load(RewardConfig, toy.reward_job, [*common, "--run.name", "reward", *data, *size])
+
+
+def prepare_toy(toy: ToySection, paths: ToyPaths, console: Console) -> None:
+    """Make what is not there yet; needs Ray. A file or folder of that name is whole: it got its name when it was done.
+
+    Raises:
+        ConfigError: a stage cannot start.
+        StageError: it failed.
+    """
+    sft, reward = stage_configs(toy, paths)
+    if not paths.world.exists():
+        console.print(f"writing the toy world to {paths.world}", markup=False)
+        part = paths.root / "world.part"
+        make_world(
+            part,
+            max_response_tokens=toy.max_response_tokens,
+            seed=toy.seed,
+            sft_rows=toy.sft_rows,
+            train_prompts=toy.train_prompts,
+            heldout_prompts=toy.heldout_prompts,
+        )
+        part.rename(paths.world)
+    made = train_sft(sft, resume=True, note=console.print)
+    console.print(f"initial policy: {made.model}  ({made.seconds:.0f} s)", markup=False)
+    if not paths.ranked.exists():
+        part = paths.ranked.with_name("ranked.part.jsonl")
+        make_ranked(
+            paths.policy,
+            part,
+            max_response_tokens=toy.max_response_tokens,
+            seed=toy.seed,
+            groups=toy.groups,
+            heldout_pairs=toy.heldout_pairs,
+        )
+        part.rename(paths.ranked)
+    judged = train_reward(reward, resume=True, note=console.print)
+    accuracy = judged.metrics.get("eval/heldout/pair_accuracy")
+    agrees = "" if accuracy is None else f", {accuracy:.3f} of held-out pairs right"
+    console.print(f"reward model: {judged.model}{agrees}  ({judged.seconds:.0f} s)", markup=False)

@@ -1,0 +1,165 @@
+"""`r3hf compare`: every arm with every seed through `run_ppo`, one after another, then the page and the table.
+
+Nothing is done twice: a finished run is only read, an interrupted one goes on from its last checkpoint.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import RayError
+from rich.console import Console
+
+from r3hf_ray.actors.pipeline import RunFailed, sentence_of
+from r3hf_ray.comparison.bars import arm_results, judge_bars
+from r3hf_ray.comparison.models import ToyPaths, prepare_toy, toy_overrides
+from r3hf_ray.comparison.page import write_comparison
+from r3hf_ray.comparison.records import PlannedRun, Record, is_finished, read_record
+from r3hf_ray.comparison.settings import CompareConfig
+from r3hf_ray.config import ConfigError, PPOConfig, load
+from r3hf_ray.driver import ray_session, run_ppo
+from r3hf_ray.models.load import absolute
+from r3hf_ray.tracking.metrics import JsonlLog, read_jsonl
+from r3hf_ray.tracking.run_folder import PPO_MAY_CHANGE, check_run
+
+EVENTS = "comparison.jsonl"
+"""What became of each run at each call, in the comparison's folder."""
+
+
+def compare(config: CompareConfig, *, only: Sequence[str], report_only: bool, console: Console) -> int:
+    """Run what is missing and write ``comparison.html``, ``.md`` and ``.json`` into `run.folder/run.name`.
+
+    Args:
+        config: of the comparison.
+        only: names of arms to run; empty: all. The page shows every arm there is.
+        report_only: run nothing.
+        console: for progress.
+
+    Returns:
+        1 if a run failed in this call, else 0; a missed expectation is a result, not a failure.
+
+    Raises:
+        ConfigError: the comparison, its job or an arm's settings cannot be used; nothing was started.
+        StageError: the shared models could not be trained.
+    """
+    plan = plan_runs(config)
+    unknown = sorted(set(only) - {arm.name for arm in config.arms})
+    if unknown:
+        raise ConfigError(f"--only: no arm is called {', '.join(unknown)}; there are {_names(config)}")
+    chosen = [run for run in plan if not only or run.arm in only]
+    failed = [] if report_only else _run_missing(config, chosen, plan, console)
+    page = report(config, plan, console)
+    console.print(f"page: {page}", markup=False)
+    for run in failed:
+        console.print(f"failed: {run.folder.name} (see {root_of(config) / EVENTS})", markup=False)
+    return 1 if failed else 0
+
+
+def root_of(config: CompareConfig) -> Path:
+    """The comparison's folder, absolute."""
+    return (config.run.folder / config.run.name).resolve()
+
+
+def plan_runs(config: CompareConfig) -> list[PlannedRun]:
+    """Every run with its whole configuration: all arms of the first seed, then of the next.
+
+    So a comparison that is stopped early has something of every arm.
+
+    Raises:
+        ConfigError: an arm's settings are not those of `r3hf ppo`.
+    """
+    root = root_of(config)
+    shared = toy_overrides(config.toy, ToyPaths(root)) if config.toy else []
+    longest = max(len(config.seeds_of(arm)) for arm in config.arms)
+    places = [(arm, place) for place in range(longest) for arm in config.arms if place < len(config.seeds_of(arm))]
+    runs = []
+    for arm, place in places:
+        seed = config.seeds_of(arm)[place]
+        own = ["--run.folder", str(root), "--run.name", f"{arm.name}-s{seed}", "--run.seed", str(seed)]
+        try:
+            ppo = load(PPOConfig, config.compare.job, [*own, *shared, *config.compare.overrides, *arm.overrides])
+        except ConfigError as error:
+            raise ConfigError(f"arm {arm.name}: {error}") from None
+        sources = {name: absolute(source) for name, source in ppo.model.model_dump(exclude_none=True).items()}
+        ppo = ppo.model_copy(update={"model": ppo.model.model_copy(update=sources)})  # as a run's config.toml has it
+        runs.append(PlannedRun(arm=arm.name, seed=seed, config=ppo))
+    return runs
+
+
+def read_records(config: CompareConfig, plan: Sequence[PlannedRun]) -> list[Record]:
+    """The runs as their folders show them; a run that could not even begin has its reason from an earlier call."""
+    last = {(event["arm"], event["seed"]): event for event in read_jsonl(root_of(config) / EVENTS)}
+    settings = config.compare
+    records = []
+    for run in plan:
+        record = read_record(run, threshold=settings.threshold, window=settings.window, equal_kl=settings.equal_kl)
+        event = last.get((run.arm, run.seed), {})
+        if record.status in ("not run", "unfinished") and event.get("event") == "failed":
+            record = replace(record, status="failed", reason=str(event["reason"]))
+        records.append(record)
+    return records
+
+
+def report(config: CompareConfig, plan: Sequence[PlannedRun], console: Console) -> Path:
+    """Write page, table and numbers from what the folders hold, and say what became of the expectations."""
+    results = arm_results(config, read_records(config, plan))
+    bars = judge_bars(config, results)
+    page = write_comparison(root_of(config), config, results, bars)
+    for bar in bars:
+        console.print(f"{bar.verdict}: {bar.sentence}: {bar.found}", markup=False)
+    return page
+
+
+def _run_missing(
+    config: CompareConfig, chosen: Sequence[PlannedRun], plan: Sequence[PlannedRun], console: Console
+) -> list[PlannedRun]:
+    """Run what has not finished; returns what failed. The page is written again after every run."""
+    waiting = [run for run in chosen if not _is_done(run)]
+    console.print(f"{len(chosen) - len(waiting)} of {len(chosen)} runs are finished; {len(waiting)} to go")
+    failed: list[PlannedRun] = []
+    if not waiting:
+        return failed
+    root = root_of(config)
+    with ray_session(config.run.cpus), JsonlLog(root / EVENTS) as events:
+        if config.toy:
+            prepare_toy(config.toy, ToyPaths(root), console)
+        for number, run in enumerate(waiting, start=1):
+            console.rule(f"[bold]{run.folder.name}[/bold]  run {number} of {len(waiting)}", align="left")
+            outcome = _run_one(run, console)
+            events.write({"arm": run.arm, "seed": run.seed, **outcome})
+            if outcome["event"] == "failed":
+                failed.append(run)
+                console.print(f"failed: {outcome['reason']}; going on with the next", markup=False)
+            report(config, plan, Console(quiet=True))
+    return failed
+
+
+def _run_one(run: PlannedRun, console: Console) -> dict[str, Any]:
+    start = time.monotonic()
+    try:
+        run_ppo(run.config, resume=run.folder.exists(), console=console)
+    except (RunFailed, ConfigError) as error:
+        outcome = {"event": "failed", "reason": str(error)}
+    except RayError as error:
+        outcome = {"event": "failed", "reason": sentence_of(error)}
+    else:
+        outcome = {"event": "finished"}
+    return outcome | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def _is_done(run: PlannedRun) -> bool:
+    """Whether it is finished, with the settings that are asked for now.
+
+    Raises:
+        ConfigError: a finished run had other settings; the page would call it what it is not.
+    """
+    if not is_finished(run):
+        return False
+    check_run(run.config, run.config.run, resume=True, may_change=PPO_MAY_CHANGE)
+    return True
+
+
+def _names(config: CompareConfig) -> str:
+    return ", ".join(arm.name for arm in config.arms)

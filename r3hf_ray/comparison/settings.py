@@ -1,0 +1,116 @@
+"""What `r3hf compare` reads: the arms, their seeds, the models they share, and what is expected of them."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from r3hf_ray.config import Command, NonNegative, Positive, PositiveFloat, RunName, RunSection, Section
+
+
+class CompareSection(Section):
+    """What all arms share, and how they are read."""
+
+    job: Path
+    """The job of `r3hf ppo` that every arm is a variant of."""
+    overrides: tuple[str, ...] = ()
+    """Fields of that job set for every arm, as on the command line: `["--ppo.steps", "60"]`."""
+    seeds: Annotated[tuple[NonNegative, ...], Field(min_length=1)]
+    """Seeds of an arm that names none of its own."""
+    baseline: str
+    """The arm that samples are counted against, seed by seed."""
+    threshold: float
+    """Gold reward of the training batches that is to be reached."""
+    window: Positive = 5
+    """Steps of the mean that must reach it. [steps]"""
+    equal_kl: PositiveFloat = 6.5
+    """Gold reward is also told for the steps whose KL is within 20% of this. [nats a response]"""
+
+
+class ToySection(Section):
+    """Make the toy world, the initial policy and the reward model once, for all arms."""
+
+    seed: NonNegative = 0
+    """Of the world and both models; the seeds of the arms vary PPO only."""
+    sft_job: Path = Path("jobs/toy_sft.toml")
+    """The job of `r3hf sft`."""
+    reward_job: Path = Path("jobs/toy_reward.toml")
+    """The job of `r3hf reward`."""
+    max_response_tokens: Literal[24, 48, 96] = 48
+    """Longest response; it decides how many facts a topic has. [tokens]"""
+    sft_rows: Positive = 20_000
+    """Answers of the noisy author to imitate. [rows]"""
+    train_prompts: Positive = 1920
+    """Prompts to train on. [prompts]"""
+    heldout_prompts: Positive = 512
+    """Prompts of the evaluations. [prompts]"""
+    groups: Positive = 2_000
+    """Prompts with 8 ranked responses. [groups]"""
+    heldout_pairs: Positive = 1_000
+    """Pairs on which the reward model is measured. [pairs]"""
+
+
+class Arm(Section):
+    """One way to train."""
+
+    name: RunName
+    """Its runs are called `<name>-s<seed>`."""
+    overrides: tuple[str, ...] = ()
+    """Fields of the job in which it differs: `["--reward.mode", "terminal"]`."""
+    seeds: tuple[NonNegative, ...] = ()
+    """Its own seeds; those of the comparison when left out."""
+    group: str = "arms"
+    """Arms of a group share a chart; the baseline is in all of them."""
+
+    @field_validator("overrides")
+    @classmethod
+    def _not_the_run(cls, overrides: tuple[str, ...]) -> tuple[str, ...]:
+        return _without_run(overrides)
+
+
+class Expectation(Section):
+    """A bar: what `arm` should do against `against`."""
+
+    arm: str
+    """Name of an arm."""
+    against: str
+    """Name of another."""
+    measure: Literal["samples", "level", "gold"]
+    """`samples`: paired ratio of samples to the threshold at most `bound`; `level`: that ratio within `bound` of 1;
+    `gold`: final held-out gold at most `bound` below."""
+    bound: PositiveFloat
+    """A ratio, a share, or gold reward."""
+
+
+class CompareConfig(Command):
+    """`r3hf compare`: arms x seeds, one after another."""
+
+    run: RunSection
+    compare: CompareSection
+    toy: ToySection | None = None
+    """Left out: `compare.job` names models and data that exist."""
+    arms: Annotated[tuple[Arm, ...], Field(min_length=1)]
+    bars: tuple[Expectation, ...] = ()
+
+    def seeds_of(self, arm: Arm) -> tuple[int, ...]:
+        """The arm's own seeds, or those of the comparison."""
+        return arm.seeds or self.compare.seeds
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> "CompareConfig":
+        _without_run(self.compare.overrides)
+        names = [arm.name for arm in self.arms]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        used = [self.compare.baseline, *(name for bar in self.bars for name in (bar.arm, bar.against))]
+        unknown = sorted(set(used) - set(names))
+        if twice:
+            raise ValueError(f"two arms are called {', '.join(twice)}")
+        if unknown:
+            raise ValueError(f"no arm is called {', '.join(unknown)}; there are {', '.join(names)}")
+        return self
+
+
+def _without_run(overrides: tuple[str, ...]) -> tuple[str, ...]:
+    if any(word.startswith("--run.") for word in overrides):
+        raise ValueError("overrides cannot set run.*: name, folder and seed of a run come from the comparison")
+    return overrides

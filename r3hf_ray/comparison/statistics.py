@@ -1,0 +1,127 @@
+"""Numbers of a comparison, from curves of single runs. Pure functions; a curve is two lists of equal length."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Band:
+    """Curves of several seeds as one: mean, lowest and highest at each x that all of them have.
+
+    Example: ``band([([1, 2], [0.0, 1.0]), ([1, 2, 3], [2.0, 3.0, 9.0])])`` has x [1, 2], mean [1, 2], low [0, 1].
+    """
+
+    x: list[float]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+    seeds: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratio:
+    """Samples of one arm over those of another, same seed.
+
+    Example: 384 against 512 is ``Ratio(seed=0, value=0.75)``; never, in 1920, against 512 is ``> 3.75``.
+    """
+
+    seed: int
+    value: float
+    bound: Literal["", ">", "<"] = ""
+    """`>`: the arm never got there, so the ratio is above `value`; `<`: the other one never did."""
+
+    def __str__(self) -> str:
+        return f"{self.bound}{self.value:.2f}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """When a run reached the threshold.
+
+    Example: ``Reach(at=352, of=1920)``; a finished run that never did: ``Reach(at=None, of=1920)``.
+    """
+
+    at: int | None
+    """Samples up to and with the step whose trailing mean was there."""
+    of: int
+    """Samples of the whole run."""
+
+
+def trailing_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of each value and the ``window - 1`` before it; nothing for the first ``window - 1``.
+
+    Example: ``trailing_mean([1, 2, 3, 4], 3) == [2, 3]``
+    """
+    return [math.fsum(values[end - window : end]) / window for end in range(window, len(values) + 1)]
+
+
+def samples_to(threshold: float, samples: Sequence[int], golds: Sequence[float], *, window: int) -> int | None:
+    """Samples up to the first step whose trailing mean of gold is at the threshold; None: never."""
+    means = trailing_mean(golds, window)
+    return next((at for at, mean in zip(samples[window - 1 :], means, strict=True) if mean >= threshold), None)
+
+
+def band(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Band:
+    """Mean, minimum and maximum over curves where all of them have a value."""
+    known = [dict(zip(x, y, strict=True)) for x, y in curves]
+    shared = sorted(set.intersection(*(set(curve) for curve in known))) if known else []
+    rows = [[curve[x] for curve in known] for x in shared]
+    return Band(
+        x=list(shared),
+        mean=[math.fsum(row) / len(row) for row in rows],
+        low=[min(row) for row in rows],
+        high=[max(row) for row in rows],
+        seeds=len(known),
+    )
+
+
+def by_cell(x: Sequence[float], y: Sequence[float], *, width: float) -> tuple[list[float], list[float]]:
+    """Mean y in cells of x, at the cells' middles, with straight lines over empty cells between others.
+
+    It makes curves over KL, which does not grow evenly, comparable between runs.
+
+    Example: ``by_cell([0.1, 0.3, 2.5], [1, 3, 6], width=1) == ([0.5, 1.5, 2.5], [2, 4, 6])``
+    """
+    cells: dict[int, list[float]] = {}
+    for position, value in zip(x, y, strict=True):
+        cells.setdefault(math.floor(position / width), []).append(value)
+    if not cells:
+        return [], []
+    numbers = sorted(cells)
+    every = list(range(numbers[0], numbers[-1] + 1))
+    means = np.interp(every, numbers, [math.fsum(cells[number]) / len(cells[number]) for number in numbers])
+    return [(number + 0.5) * width for number in every], [float(mean) for mean in means]
+
+
+def mean_near(x: Sequence[float], y: Sequence[float], *, at: float, within: float) -> float:
+    """Mean y of the points whose x is within a share of ``at``; NaN without any.
+
+    Example: ``mean_near([1, 5, 6], [0, 2, 4], at=5.5, within=0.2) == 3``
+    """
+    near = [value for position, value in zip(x, y, strict=True) if abs(position - at) <= within * at]
+    return math.fsum(near) / len(near) if near else math.nan
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation, NaN values left out; NaN where there are too few."""
+    finite = [value for value in values if math.isfinite(value)]
+    mean = math.fsum(finite) / len(finite) if finite else math.nan
+    return mean, float(np.std(finite, ddof=1)) if len(finite) > 1 else math.nan
+
+
+def paired_ratios(arm: Mapping[int, Reach], against: Mapping[int, Reach]) -> list[Ratio]:
+    """Ratio of samples to the threshold for each seed that both have; a seed where neither got there has none."""
+    found = []
+    for seed in sorted(set(arm) & set(against)):
+        own, other = arm[seed], against[seed]
+        if own.at is not None and other.at is not None:
+            found.append(Ratio(seed=seed, value=own.at / other.at))
+        elif other.at is not None:
+            found.append(Ratio(seed=seed, value=own.of / other.at, bound=">"))
+        elif own.at is not None:
+            found.append(Ratio(seed=seed, value=own.at / other.of, bound="<"))
+    return found

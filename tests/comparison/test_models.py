@@ -1,0 +1,68 @@
+"""The shared models are asked for with the right sizes, and each part is made once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from r3hf_ray.comparison import models
+from r3hf_ray.comparison.models import ToyPaths, prepare_toy, stage_configs
+from r3hf_ray.comparison.settings import CompareConfig, ToySection
+from r3hf_ray.config import RewardConfig, SFTConfig, load
+from r3hf_ray.prepare import StageResult
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch) -> CompareConfig:
+    monkeypatch.chdir(ROOT)
+    return load(CompareConfig, ROOT / "jobs/compare_toy.toml", [])
+
+
+def test_stages_are_those_of_the_quickstart(config: CompareConfig, tmp_path: Path) -> None:
+    toy, paths = config.toy, ToyPaths(tmp_path)
+    assert toy is not None
+    sft, reward = stage_configs(toy, paths)
+    assert (sft.run.folder / sft.run.name / "model", reward.run.folder / reward.run.name / "model") == (
+        paths.policy,
+        paths.reward_model,
+    )
+    assert (reward.model.base, reward.data.source) == (str(paths.policy), str(paths.ranked))
+    assert sft.sft.max_tokens == reward.reward_training.max_tokens == 64
+    assert sft.sft == load(SFTConfig, toy.sft_job, []).sft
+    assert reward.reward_training == load(RewardConfig, toy.reward_job, []).reward_training
+    longer = stage_configs(toy.model_copy(update={"max_response_tokens": 96}), paths)
+    assert longer[0].sft.max_tokens == longer[1].reward_training.max_tokens == 112
+
+
+def test_each_part_is_made_once_and_a_torn_one_again(
+    config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def world(folder: Path, **sizes: Any) -> None:
+        made.append("world")
+        folder.mkdir(exist_ok=True)
+
+    def ranked(policy: Path, path: Path, **sizes: Any) -> None:
+        made.append("ranked")
+        path.write_text("torn")
+        if made.count("ranked") == 1:
+            raise OSError("disk full")
+
+    def stage(config: SFTConfig | RewardConfig, *, resume: bool, note: object) -> StageResult:
+        made.append(config.run.name)
+        assert resume, "the stage itself sees that it is done"
+        return StageResult(folder=tmp_path, model=tmp_path, metrics={}, report=None, seconds=0.0)
+
+    for name, fake in (("make_world", world), ("make_ranked", ranked), ("train_sft", stage), ("train_reward", stage)):
+        monkeypatch.setattr(models, name, fake)
+    toy = config.toy
+    assert isinstance(toy, ToySection)
+    with pytest.raises(OSError, match="disk full"):
+        prepare_toy(toy, ToyPaths(tmp_path), Console(quiet=True))
+    for _ in range(2):
+        prepare_toy(toy, ToyPaths(tmp_path), Console(quiet=True))
+    assert made == ["world", "sft", "ranked", "sft", "ranked", "reward", "sft", "reward"]

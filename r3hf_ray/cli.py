@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(f"[red]error:[/red] {_plain(error)}")
         return 2
     except KeyboardInterrupt:
-        errors.print("stopped; what was done is kept, and --resume continues it")
+        errors.print("stopped; what was done is kept: the same command goes on from it (a run: with --resume)")
         return 130
     except _run_errors() as error:
         errors.print(f"[red]failed:[/red] {_plain(error)}")

@@ -7,7 +7,8 @@
 | learn        | learner | `PPOLearner.update`: old logprobs and values, then policy and value learning        |
 | load weights | sampler | all tensors fingerprinted as for a publication, then vLLM's reload; no Ray, no copy |
 
-The processes stay for all repeats, asleep while the system runs: starting them is not what is measured. Data flows
+The processes live for one repeat's passes: starting them is not what is measured, and their memory is free for the
+system's runs. Data flows
 as in a step: what is sampled is scored, what is scored is learned from. A pass runs on a given number of threads: on
 small matrices one thread may be faster than two, and the better of them is the loop to compare with.
 """

@@ -64,22 +64,23 @@ def _measure(shape: Shape, repeats: int, steps: int, inputs: Path, root: Path, c
     bare: list[BareStep] = []
     systems: dict[str, list[SystemRun]] = {variant.name: [] for variant in shape.variants}
     first = shape.config(LAG_0, inputs=inputs, folder=root, name="bare", steps=steps)
-    console.print("starting the bare loops")
-    with BareLoops(first, cores=cores, logs=root / "bare") as loops:
-        for repeat in range(repeats):
+    for repeat in range(repeats):
+        console.print("starting the bare loops")
+        # Ended before the system runs: idle, they would hold the memory that a run needs.
+        with BareLoops(first, cores=cores, logs=root / "bare") as loops:
             for threads in sorted({1, cores}):
                 bare += [loops.step(threads=threads) for _ in range(shape.iterations)]
-            console.print(f"repeat {repeat + 1}: bare loops {bare_sum(bare).wall:.2f} s a step")
-            turn = repeat % len(shape.variants)
-            for variant in (*shape.variants[turn:], *shape.variants[:turn]):
-                if variant.once and repeat:
-                    continue
-                name = f"{variant.name.replace(' ', '-')}-{repeat + 1}"
-                config = shape.config(variant, inputs=inputs, folder=root / "runs", name=name, steps=steps)
-                run = run_system(config, environment=environment, cores=cores)
-                systems[variant.name].append(run)
-                every = ", ".join(f"{second:.2f}" for second in run.steps)
-                console.print(f"repeat {repeat + 1}: {variant.name}: first step {run.first_step:.0f} s, then {every} s")
+        console.print(f"repeat {repeat + 1}: bare loops {bare_sum(bare).wall:.2f} s a step")
+        turn = repeat % len(shape.variants)
+        for variant in (*shape.variants[turn:], *shape.variants[:turn]):
+            if variant.once and repeat:
+                continue
+            name = f"{variant.name.replace(' ', '-')}-{repeat + 1}"
+            config = shape.config(variant, inputs=inputs, folder=root / "runs", name=name, steps=steps)
+            run = run_system(config, environment=environment, cores=cores)
+            systems[variant.name].append(run)
+            every = ", ".join(f"{second:.2f}" for second in run.steps)
+            console.print(f"repeat {repeat + 1}: {variant.name}: first step {run.first_step:.0f} s, then {every} s")
     return Results(shape=shape.name, overhead=shape.overhead, bare=bare, systems=systems)
 
 

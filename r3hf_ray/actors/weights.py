@@ -31,10 +31,6 @@ from r3hf_ray.actors.weight_store import Tensor, TransferStep, fingerprint, fing
 TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class WeightError(RuntimeError):
-    """The sampler cannot prove that it runs the published weights."""
-
-
 @dataclass
 class ObjectRefInitInfo(WeightTransferInitInfo):
     """Nothing to agree on: refs carry all that is needed."""

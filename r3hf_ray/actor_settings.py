@@ -1,9 +1,12 @@
 """What each rollout and reward actor of a run is started with (layer 4)."""
 
+from dataclasses import replace
+
 from r3hf_ray.actors.rollout import EngineSettings
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.models.scoring import ScoringSettings
-from r3hf_ray.preflight import Plan
+from r3hf_ray.preflight import Plan, reward_sources
+from r3hf_ray.types import MAIN
 
 
 def engine_settings(config: PPOConfig, plan: Plan) -> EngineSettings:
@@ -27,7 +30,9 @@ def engine_settings(config: PPOConfig, plan: Plan) -> EngineSettings:
 
 def scoring_settings(config: PPOConfig, plan: Plan) -> ScoringSettings:
     """Of a reward actor."""
-    reward = config.reward
+    reward, models = config.reward, plan.reward_models
+    # The configuration's sources are absolute by now, which workers in another directory need.
+    further = {name: source for name, source in reward_sources(config.model).items() if name != MAIN}
     return ScoringSettings(
         reward_model=config.model.reward_model,
         reference=config.model.reference or config.model.policy,
@@ -39,7 +44,9 @@ def scoring_settings(config: PPOConfig, plan: Plan) -> ScoringSettings:
         segment_by=reward.segment_by,
         segment_ngram=reward.segment_ngram,
         segment_entropy=reward.segment_entropy,
-        suffix_ids=plan.suffix_ids,
+        suffix_ids=models[MAIN].suffix_ids,
+        translation=models[MAIN].translation,
+        further={name: replace(models[name], source=source) for name, source in further.items()},
         dtype=reward.dtype,
         microbatch_tokens=reward.microbatch_tokens,
         gold=reward.gold,

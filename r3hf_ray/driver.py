@@ -22,6 +22,7 @@ from rich.table import Table
 
 from r3hf_ray.actor_settings import engine_settings, scoring_settings
 from r3hf_ray.actors.coordinator import Coordinator, Snapshot
+from r3hf_ray.actors.environment import ACTORS, SHORT_SPIN
 from r3hf_ray.actors.learner import LearnerSettings, train_loop
 from r3hf_ray.actors.pipeline import RunFailed, sentence_of
 from r3hf_ray.actors.reward import RewardActor
@@ -42,11 +43,6 @@ from r3hf_ray.tracking.wandb_run import WandbRun
 POLL_SECONDS = 0.25
 STOP_SECONDS = 10.0
 """How long a failed run waits for its learner ranks to leave by themselves. [s]"""
-QUIET_ENVIRONMENT = {
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +69,7 @@ def ray_session(cpus: float | None) -> Iterator[None]:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # 2 s by default: each save would wait for a poll
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
-        "OMP_WAIT_POLICY": "PASSIVE",  # actors share cores: threads that spin while they wait starve the others
+        **SHORT_SPIN,
     }.items():
         os.environ.setdefault(name, value)
     joined = "RAY_ADDRESS" in os.environ
@@ -98,7 +94,7 @@ def run_ppo(config: PPOConfig, *, resume: bool, console: Console) -> RunResult:
     """
     start = time.monotonic()
     plan = check(config)
-    config = _with_absolute_models(config)
+    config = with_absolute_models(plan.config)
     if config.run.cpus is not None and "RAY_ADDRESS" not in os.environ and not ray.is_initialized():
         check_resources(config, {"CPU": config.run.cpus, "GPU": torch.cuda.device_count()})
     check_run(config, config.run, resume=resume, may_change=PPO_MAY_CHANGE)
@@ -184,7 +180,7 @@ class _Follower:
                 num_gpus=config.rollout.gpus_per_actor,
                 max_restarts=-1,
                 max_task_retries=0,  # a repeated generate after a restart would sample from the wrong weights
-                runtime_env={"env_vars": QUIET_ENVIRONMENT | engine.environment()},
+                runtime_env={"env_vars": ACTORS | engine.environment()},
             )
             .remote(engine)
             for _ in range(config.rollout.actors)
@@ -196,9 +192,9 @@ class _Follower:
                 num_gpus=config.reward.gpus_per_actor,
                 max_restarts=-1,
                 max_task_retries=2,  # scoring is deterministic, so Ray may repeat it
-                runtime_env={"env_vars": QUIET_ENVIRONMENT | {"OMP_NUM_THREADS": str(config.reward.threads)}},
+                runtime_env={"env_vars": ACTORS | {"OMP_NUM_THREADS": str(config.reward.threads)}},
             )
-            .remote(scoring, threads=config.reward.threads)
+            .remote(scoring, threads=config.reward.threads, backend=config.reward.backend)
             for _ in range(config.reward.actors)
         ]
         names = {"namespace": self._namespace, "num_cpus": 0}
@@ -220,7 +216,7 @@ class _Follower:
 
         config, learner = self._config, self._config.learner
         on_gpu = learner.gpus_per_rank > 0
-        environment = QUIET_ENVIRONMENT | {"OMP_NUM_THREADS": str(learner.threads)}
+        environment = ACTORS | {"OMP_NUM_THREADS": str(learner.threads)}
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={
@@ -329,9 +325,10 @@ class _Follower:
         self._progress.note(f"warning: {text}")
 
 
-def _with_absolute_models(config: PPOConfig) -> PPOConfig:
-    sources = {name: absolute(source) for name, source in config.model.model_dump(exclude_none=True).items()}
-    return config.model_copy(update={"model": config.model.model_copy(update=sources)})
+def with_absolute_models(config: PPOConfig) -> PPOConfig:
+    """Local folders of models as absolute paths, since Ray's workers run in another directory."""
+    critic = config.critic.model_copy(update={"source": config.critic.source and absolute(config.critic.source)})
+    return config.model_copy(update={"model": config.model.placed(absolute), "critic": critic})
 
 
 def _print_plan(console: Console, config: PPOConfig, plan: Plan) -> None:

@@ -62,6 +62,15 @@ def step_requests(
     return requests
 
 
+def stream_requests(prompts: Sequence[np.ndarray], count: int, *, seed: int, stream: str) -> list[Request]:
+    """`count` samples outside the training stream (`heldout`, `calibration`), one a prompt, over again if need be."""
+    rows = [number % len(prompts) for number in range(count)]
+    return [
+        Request(row=row, token_ids=prompts[row], prompt_id=number, sample=0, seed=seed_of(seed, stream, number))
+        for number, row in enumerate(rows)
+    ]
+
+
 def split_evenly(items: Sequence[T], parts: int) -> list[list[T]]:
     """Consecutive parts whose sizes differ by at most one."""
     bounds = [len(items) * part // parts for part in range(parts + 1)]

@@ -6,20 +6,24 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from r3hf_ray.config import MODES, ConfigError, PPOConfig
-from r3hf_ray.data.chat import compare_format, pooling_suffix
+from r3hf_ray.actors.vllm_scores import require_readable
+from r3hf_ray.config import ConfigError, PPOConfig
+from r3hf_ray.data.chat import pooling_suffix
 from r3hf_ray.data.loading import PromptRow, Report, load_prompts
+from r3hf_ray.data.reward_prompts import measure_fit, translation_of
 from r3hf_ray.models.load import (
     ModelError,
     check_folder,
-    check_same_vocabulary,
     eos_ids,
+    knows_ids,
     load_tokenizer,
     require_score_head,
 )
 from r3hf_ray.models.method_inputs import sentence_end_ids
-from r3hf_ray.models.scoring import load_gold
+from r3hf_ray.models.scoring import RewardModel, field_of, load_gold
 from r3hf_ray.models.user_functions import user_function
+from r3hf_ray.sections import MODES, CriticSection, ModelSection
+from r3hf_ray.types import COST, MAIN
 
 MARGIN = 1e-6
 """Slack for sums of fractional CPUs."""
@@ -29,16 +33,24 @@ MARGIN = 1e-6
 class Plan:
     """What the checks found out, and the actors need."""
 
+    config: PPOConfig
+    """With what the checks have settled: `critic.init = auto` where the reward model has another tokenizer."""
     prompts: list[np.ndarray]
     """Token ids of the prompts to train on."""
     heldout: list[np.ndarray]
     """Token ids of the held-out prompts."""
     report: Report
     eos_ids: tuple[int, ...]
-    suffix_ids: tuple[int, ...]
+    reward_models: dict[str, RewardModel]
+    """By name, the main one first."""
     max_model_len: int
     probe_ids: list[int]
     warnings: list[str]
+
+    @property
+    def suffix_ids(self) -> tuple[int, ...]:
+        """What the main reward model reads behind EOS."""
+        return self.reward_models[MAIN].suffix_ids
 
 
 def check(config: PPOConfig) -> Plan:
@@ -48,15 +60,21 @@ def check(config: PPOConfig) -> Plan:
         ConfigError: one sentence naming the field or line, and what to do.
     """
     check_folder(config.model.policy, "policy")
-    check_folder(config.model.reward_model, "reward model")
+    for source in reward_sources(config.model).values():
+        _check_reward_model(source)
+        if config.reward.backend == "vllm":
+            require_readable(source, mode=config.reward.mode)
+    if config.critic.source:
+        _check_reward_model(config.critic.source)
     if config.model.reference:
         check_folder(config.model.reference, "reference")
     tokenizer = load_tokenizer(config.model.policy)
     policy = _model_config(config.model.policy, "policy")
     ends = eos_ids(tokenizer, policy, _generation_config(config.model.policy))
-    _check_reward_model(config, tokenizer)
     if config.reward.gold:
         load_gold(config.reward.gold)
+    if config.reward.gold_credit:
+        user_function(config.reward.gold_credit, field="reward.gold_credit")
     _check_method(config, tokenizer)
     loaded = load_prompts(config.data, tokenizer)
     rows = loaded.train + loaded.heldout
@@ -66,16 +84,21 @@ def check(config: PPOConfig) -> Plan:
     prompts, heldout = (
         [np.asarray(r.token_ids, dtype=np.int32) for r in part] for part in (loaded.train, loaded.heldout)
     )
-    reward_tokenizer = load_tokenizer(config.model.reward_model)
+    models = {
+        name: _reward_model(name, source, config, tokenizer, rows)
+        for name, source in reward_sources(config.model).items()
+    }
+    config = _settled(config, tokenizer)
     return Plan(
+        config=config,
         prompts=prompts,
         heldout=heldout,
         report=loaded.report,
         eos_ids=tuple(ends),
-        suffix_ids=tuple(pooling_suffix(config.model.reward_model, reward_tokenizer, config.reward.pooling_suffix)),
+        reward_models={name: model for name, (model, _) in models.items()},
         max_model_len=min(max(needed, config.weights.probe_tokens + 1), window),
         probe_ids=probe_sequence(prompts, min(config.weights.probe_tokens, window - 1)),
-        warnings=_warnings(config),
+        warnings=[*_warnings(config), *(note for _, note in models.values() if note)],
     )
 
 
@@ -109,14 +132,72 @@ def check_resources(config: PPOConfig, available: dict[str, float]) -> None:
             )
 
 
-def _check_reward_model(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    source = config.model.reward_model
+def reward_sources(model: ModelSection) -> dict[str, str]:
+    """Folder or hub name of every model that scores, by name, the main one first."""
+    costs = {} if model.cost is None else {COST: model.cost}
+    return {MAIN: model.reward_model} | {further.name: further.source for further in model.rewards} | costs
+
+
+def _check_reward_model(source: str) -> None:
+    check_folder(source, "reward model")
     labels = _model_config(source, "reward model").num_labels
     if labels != 1:
         raise ModelError(f"{source}: a reward model has one label, this has {labels}; train one with `r3hf reward`")
     require_score_head(source)
-    check_same_vocabulary(tokenizer, load_tokenizer(source))
-    compare_format(source, tokenizer)
+
+
+def _reward_model(
+    name: str, source: str, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, rows: list[PromptRow]
+) -> tuple[RewardModel, str]:
+    """What a reward model reads, and what the user should know where that is not the policy's ids."""
+    own = load_tokenizer(source)
+    suffix = tuple(pooling_suffix(source, own, config.reward.pooling_suffix if name == MAIN else "auto"))
+    window = _window(_model_config(source, "reward model")) - len(suffix)
+    translation = translation_of(rows, tokenizer, source, own, window=window)
+    longest, growth, note = max(len(row.token_ids) for row in rows), 1.0, ""
+    if translation is not None:
+        fit = measure_fit(translation, rows, tokenizer, own)
+        _check_fit(name, source, fit.loss, config)
+        longest, growth, window = max(map(len, translation.prompts.values())), fit.growth, translation.max_tokens
+        note = (
+            f"{field_of(name)}: {source} reads the dialogues in its own tokenizer and chat template, and "
+            f"{fit.loss:.1%} of the policy's tokens, in a sample of the prompts, have no score of their own"
+        )
+    if longest + growth * config.rollout.max_response_tokens > window:
+        raise ConfigError(
+            f"{field_of(name)}: {source} can read {window} tokens, and the longest prompt has {longest} of its tokens, "
+            f"before about {growth:.2f} for each of rollout.max_response_tokens "
+            f"({config.rollout.max_response_tokens}): lower that or data.max_prompt_tokens"
+        )
+    return RewardModel(source=source, suffix_ids=suffix, translation=translation), note
+
+
+def _check_fit(name: str, source: str, loss: float, config: PPOConfig) -> None:
+    reward = config.reward
+    if reward.mode == "abc":
+        raise ConfigError(
+            f"{field_of(name)}: {source} has another tokenizer or chat template than the policy, and reward.mode = abc "
+            "pays by attention to the policy's own tokens: use reward.mode = r3hf"
+        )
+    if reward.reads_prefixes and loss > reward.max_alignment_loss:
+        raise ConfigError(
+            f"{field_of(name)}: {loss:.0%} of the policy's tokens, in a sample of the prompts, end inside a token of "
+            f"{source} or in text that it cannot read, more than reward.max_alignment_loss "
+            f"({reward.max_alignment_loss:g}): use a reward model with finer tokens, or reward.mode = terminal"
+        )
+
+
+def _settled(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> PPOConfig:
+    """The critic reads the policy's ids, so a reward model with other ones cannot be its start."""
+    source = config.critic.source or config.model.reward_model
+    if not config.has_critic or config.critic_init == "sft" or knows_ids(load_tokenizer(source), tokenizer):
+        return config
+    if config.critic.init == "auto" and config.critic.source is None:
+        return config.model_copy(update={"critic": CriticSection(init="sft")})
+    raise ConfigError(
+        f"critic.init = {config.critic_init}: the critic reads the policy's tokens, and {source} has another "
+        "tokenizer: use critic.init = sft"
+    )
 
 
 def _check_method(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -146,6 +227,16 @@ def _warnings(config: PPOConfig) -> list[str]:
         warnings.append(
             f"critic.init = reward_model with reward.mode = {reward.mode} counts the prefix score twice: the critic "
             "starts at it and the rewards already are its differences; use reward_trunk (the trunk with a zero head)"
+        )
+    if config.model.several and config.has_critic and config.critic_init == "reward_model":
+        warnings.append(
+            "critic.init = reward_model starts at the scores of model.reward_model alone, and the reward is a sum over "
+            "several models; use reward_trunk (the trunk with a zero head)"
+        )
+    if config.model.several and not reward.calibration_samples:
+        warnings.append(
+            "reward.calibration_samples = 0 with several models adds their scores in each one's own units: "
+            "weights and cost.multiplier then depend on them"
         )
     if differences and config.ppo.gamma < 1.0:
         warnings.append(

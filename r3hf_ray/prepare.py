@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from r3hf_ray.actors.stages import fit_policy, fit_reward_model
-from r3hf_ray.config import RewardConfig, SFTConfig, SFTSection
+from r3hf_ray.config import RewardConfig, SFTConfig
 from r3hf_ray.data.chat import chat_format, save_format
 from r3hf_ray.data.loading import Loaded, Report, is_ranked, load_examples, load_groups, load_pairs
 from r3hf_ray.models.load import check_folder, load_tokenizer
+from r3hf_ray.sections import SFTSection
 from r3hf_ray.tracking.metrics import JsonlLog, read_metrics
 from r3hf_ray.tracking.provenance import redacted, versions
 from r3hf_ray.tracking.run_folder import open_run

@@ -6,11 +6,16 @@ Index convention: index ``t`` is the action that emits token ``t``. Every per-to
 prompt + response and is exactly 0 on the prompt. All arrays are numpy so that they are zero-copy in Ray's object store.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
 from jaxtyping import Float32, Int32
+
+MAIN = "reward"
+"""Name of `model.reward_model` among the models that score a response."""
+COST = "cost"
+"""Name of `model.cost` among them."""
 
 
 class Finish(StrEnum):
@@ -90,8 +95,24 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentScores:
+    """What one further reward model, or the cost model, says of a trajectory, raw and in its own units.
+
+    Example, a cost model (r3hf): ``score=-1.0, prompt_score=0.0, token_rewards=[0, 0, 0.5, -1.5]``,
+    ``prefix_scores=[0, 0, 0.5, -1.0]``.
+    """
+
+    token_rewards: Float32[np.ndarray, "T"]
+    """Its score redistributed by the run's method; a cost is positive where it is bad."""
+    prefix_scores: Float32[np.ndarray, "T"]
+    """As `ScoredTrajectory.prefix_scores`."""
+    score: float
+    prompt_score: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredTrajectory:
-    """A trajectory with its token rewards, raw: scale and centring belong to the learner.
+    """A trajectory with its token rewards, raw: scale, centring and the sum over models belong to the learner.
 
     Example (r3hf, beta_c = 1): ``score=2.0, prompt_score=0.5, token_rewards=[0, 0, 0.4, 1.1]``; the sum is
     ``score - prompt_score``.
@@ -108,6 +129,11 @@ class ScoredTrajectory:
     """R(x, y), the undistributed sequence reward at the reward model's own pooling position."""
     prompt_score: float
     """R(x, empty): the head at the last token of the rendered prompt."""
+    components: dict[str, ComponentScores] = field(default_factory=dict)
+    """Of further reward models by name, and of the cost model as ``cost``."""
+    alignment_loss: float = 0.0
+    """Share of response tokens that a reward model with another tokenizer could not be aligned with; the largest over
+    models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +145,8 @@ class ScoreInfo:
     prompt_score: float
     gold: float | None
     """An independent judge's score where one is configured (`reward.gold`); never trained on."""
+    components: dict[str, float] = field(default_factory=dict)
+    """Scores of further reward models by name, and of the cost model as ``cost``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

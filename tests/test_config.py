@@ -19,6 +19,12 @@ source = "prompts.jsonl"
 [ppo]
 steps = 7
 """
+BREVITY = """
+[[model.rewards]]
+name = "brevity"
+source = "b"
+"""
+SAME_NAME = BREVITY + BREVITY.replace('"b"', '"c"')
 TRAINER = """
 [run]
 name = "a-run"
@@ -111,6 +117,11 @@ def test_frozen(tmp_path: Path) -> None:
         (PPO + "dual_clip = 1.0\n", "job.toml: ppo.dual_clip: Input should be greater than 1; got 1.0"),
         (PPO.replace('name = "a-run"', 'name = "../up"'), "job.toml: run.name: String should match pattern"),
         (PPO.replace('policy = "models/policy"', ""), "job.toml: model.policy: must be set"),
+        (PPO + SAME_NAME, "job.toml: model.rewards: each needs a name of its own, not reward or cost; change brevity"),
+        (PPO + BREVITY.replace("brevity", "cost"), "job.toml: model.rewards: each needs a name of its own"),
+        (PPO + BREVITY.replace('"brevity"', '"Not a name"'), "job.toml: model.rewards.0.name: String should match"),
+        (PPO + BREVITY + "weight = nan\n", "job.toml: model.rewards.0.weight: Input should be a finite number"),
+        (PPO + BREVITY.replace('source = "b"', ""), "job.toml: model.rewards.0.source: must be set"),
         (PPO.replace("[run]", "[run"), "job.toml: cannot be read as TOML: "),
     ],
 )
@@ -144,6 +155,17 @@ def test_one_sentence_for_a_wrong_field(tmp_path: Path, text: str, sentence: str
         (["--ppo.advantage", "r3hf_baseline", "--reward.beta_c", "0.5"], ["r3hf_baseline", "reward.beta_c = 1"]),
         (["--reward.mode", "abc", "--reward.beta_c", "0.5"], ["reward.beta_c must stay 1", "reward.abc_beta"]),
         (["--reward.mode", "uniform", "--reward.eos_jump", "drop"], ["reward.eos_jump = drop", "uniform"]),
+        (["--cost.limit", "1.5"], ["cost.limit needs a cost model: set model.cost"]),
+        (["--cost.multiplier", "2", "--cost.multiplier_lr", "0"], ["cost.multiplier, cost.multiplier_lr needs"]),
+        (
+            ["--model.cost", "c", "--cost.multiplier", "3", "--cost.max_multiplier", "2"],
+            ["cost.multiplier (3)", "cost.max_multiplier (2)"],
+        ),
+        (["--model.reward_weight", "0"], ["model.reward_weight = 0 leaves no model"]),
+        (
+            ["--model.reward_weight", "0", "--model.cost", "c", "--critic.init", "reward_model"],
+            ["critic.init = reward_model", "model.reward_weight must be above 0"],
+        ),
     ],
 )
 def test_rules_between_fields_name_both_sides(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
@@ -190,6 +212,31 @@ def test_a_folder_is_no_toml(tmp_path: Path) -> None:
 def test_critic_default_follows_the_mode(tmp_path: Path, mode: str, init: str, expected: str) -> None:
     config = load(PPOConfig, toml(tmp_path), ["--reward.mode", mode, "--critic.init", init])
     assert config.critic_init == expected
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--model.cost", "c"],
+        ["--model.rewards", '[{"name": "brevity", "source": "b"}]'],
+        ["--model.reward_weight", "-1"],
+    ],
+)
+def test_a_critic_that_knows_one_model_of_several_is_no_default(tmp_path: Path, overrides: list[str]) -> None:
+    config = load(PPOConfig, toml(tmp_path), ["--reward.mode", "terminal", *overrides])
+    assert config.critic_init == "reward_trunk"
+
+
+def test_several_models(tmp_path: Path) -> None:
+    text = PPO.replace("[data]", 'reward_weight = 0.5\ncost = "c"\n[data]') + BREVITY + BREVITY.replace("brev", "grav")
+    model = load(PPOConfig, toml(tmp_path, text + "weight = -2\n"), []).model
+    assert model.several and not load(PPOConfig, toml(tmp_path), []).model.several
+    assert list(model.weights(3.0).items()) == [("reward", 0.5), ("brevity", 1.0), ("gravity", -2.0), ("cost", -3.0)]
+    placed = model.placed(lambda source: f"/here/{source}")
+    assert [one.source for one in placed.rewards] == ["/here/b", "/here/b"]
+    assert (placed.policy, placed.reward_model) == ("/here/models/policy", "/here/models/reward")
+    assert (placed.cost, placed.reference) == ("/here/c", None)
+    assert placed.weights(3.0) == model.weights(3.0)
 
 
 @pytest.mark.parametrize(

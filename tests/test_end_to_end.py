@@ -26,6 +26,8 @@ import wandb
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from r3hf_ray.cli import main
+from r3hf_ray.comparison.records import PlannedRun
+from r3hf_ray.comparison.screen import screened
 from r3hf_ray.config import PPOConfig, load
 from r3hf_ray.driver import ray_session
 from r3hf_ray.toy.world import make_world
@@ -209,6 +211,17 @@ def test_a_run_repeats_to_the_bit_and_a_resumed_one_goes_on(undisturbed: Run, wo
         assert set(prompts) <= set(range((step - 1) * PROMPTS, step * PROMPTS)), "the stream goes on in order"
         assert tokens == wanted_tokens[: len(tokens)]
         assert prompts == wanted_prompts[: len(prompts)]
+
+
+def test_one_process_computes_what_the_system_computes(undisturbed: Run, job: Path) -> None:
+    config = load(PPOConfig, job, ["--run.name", "in-process", "--rollout.chunks_per_step", "1"])
+    ((_, outcome),) = screened([PlannedRun(arm="screened", seed=0, config=config)], processes=1)
+    assert outcome["event"] == "finished", outcome
+    rows = read_metrics(config.run.folder / config.run.name)
+    assert [row["train/global_step"] for row in rows] == list(range(STEPS + 1))
+    for ours, theirs in zip(rows, read_metrics(undisturbed.folder), strict=True):
+        for name in ours.keys() & {"reward/gold/mean", "kl/ref/mean", "policy/loss", "eval/heldout/score/mean"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (name, ours["train/global_step"])
 
 
 def sampled(folder: Path, step: int) -> tuple[list[int], list[int]]:

@@ -53,7 +53,18 @@ def test_every_arm_of_a_comparison_loads(path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(ROOT)
     plan = plan_runs(load(CompareConfig, path, []))
     assert len({run.folder for run in plan}) == len(plan) >= 2
-    assert len({run.config.model_dump_json(exclude={"run"}) for run in plan}) == len({run.arm for run in plan})
+    different = {(run.config.model_dump_json(exclude={"run"}), run.schedules) for run in plan}
+    assert len(different) == len({run.arm for run in plan})
+
+
+def test_the_safety_preset_is_half_the_reward_minus_half_the_cost() -> None:
+    config = load(PPOConfig, ROOT / "jobs" / "pku_saferlhf.toml", [])
+    assert config.model.weights(config.cost.multiplier) == {"reward": 0.5, "cost": -0.5}
+    assert config.cost.multiplier_lr == 0.0
+    models = [load(RewardConfig, ROOT / "jobs" / f"pku_saferlhf_{kind}.toml", []) for kind in ("reward", "cost")]
+    folders = [f"{model.run.folder}/{model.run.name}/model" for model in models]
+    assert folders == [config.model.reward_model, config.model.cost]
+    assert [model.data.format for model in models] == ["safe_rlhf", "safe_rlhf_cost"]
 
 
 def test_run_names_do_not_collide() -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "r3hf_ray"
 
 LAYERS = {
-    "config": 0, "types": 0, "plan": 0,
+    "config": 0, "sections": 0, "types": 0, "plan": 0,
     "algorithms": 1,
     "models": 2, "training": 2,
     "actors": 3,

@@ -1,16 +1,24 @@
 """What the checks before a PPO run find out, warn of, and hand to the actors."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import Model, WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
+from r3hf_ray.actor_settings import scoring_settings
 from r3hf_ray.config import ConfigError, PPOConfig
 from r3hf_ray.data.chat import FORMAT_FILE
+from r3hf_ray.models.translation import prompt_key
 from r3hf_ray.preflight import check, check_resources, probe_sequence
+from r3hf_ray.types import COST, MAIN
 
 EOS = 2
 
@@ -34,7 +42,7 @@ def configure(tmp_path: Path, tiny_models: Any) -> Callable[..., PPOConfig]:
 
 
 def test_the_plan_of_a_run(configure: Callable[..., PPOConfig]) -> None:
-    plan = check(configure())
+    plan = check(configure(weights={"probe_tokens": 160}))
     assert (len(plan.prompts), len(plan.heldout)) == (16, 4)
     assert plan.report.used == 20
     assert (plan.eos_ids, plan.suffix_ids) == ((EOS,), ())
@@ -65,21 +73,156 @@ def test_what_is_allowed_but_doubtful_is_a_warning(
     assert words in warning
 
 
+def test_several_models_need_a_scale_each_and_a_critic_of_their_sum(
+    configure: Callable[..., PPOConfig], tiny_models: Any
+) -> None:
+    models = {"policy": str(tiny_models.policy), "reward_model": str(tiny_models.reward)}
+    several = {"model": models | {"cost": str(tiny_models.reward)}, "reward": {"mode": "terminal"}}
+    assert check(configure(**several)).warnings == []
+    (critic,) = check(configure(**several, critic={"init": "reward_model"})).warnings
+    assert "model.reward_model alone" in critic
+    several["reward"]["calibration_samples"] = 0
+    (scale,) = check(configure(**several)).warnings
+    assert "reward.calibration_samples = 0" in scale
+
+
 def test_what_is_right_in_terminal_mode_is_no_warning(configure: Callable[..., PPOConfig]) -> None:
     assert check(configure(reward={"mode": "terminal"}, critic={"init": "reward_model"})).warnings == []
 
 
-def test_a_reward_model_of_another_prompt_format_is_refused(
+@pytest.fixture
+def save_reward(tiny_models: Any, tmp_path: Path) -> Callable[..., str]:
+    """`save_reward(names, merges=...)`: the tiny reward model beside a tokenizer with other ids, as a folder."""
+
+    def save(names: list[str], model: type[Model] = WordLevel, **options: Any) -> str:
+        folder = tmp_path / "reward"
+        shutil.copytree(tiny_models.reward, folder)
+        backend = Tokenizer(model({name: i for i, name in enumerate(names)}, unk_token="<unk>", **options))
+        backend.pre_tokenizer = WhitespaceSplit() if model is WordLevel else None
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+        ).save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+OTHER_ORDER = ["<pad>", "<unk>", "<eos>", "<bos>", "Human:", "Assistant:", *(f"w{i}" for i in range(30))]
+
+
+def models(tiny_models: Any, reward_model: str, **further: Any) -> dict[str, Any]:
+    return {"policy": str(tiny_models.policy), "reward_model": reward_model} | further
+
+
+def test_a_reward_model_of_another_prompt_format_reads_its_own(
     configure: Callable[..., PPOConfig], tiny_models: Any, tmp_path: Path
 ) -> None:
-    import shutil
+    """It has the policy's vocabulary, so that the critic may still start from it."""
+    shutil.copytree(tiny_models.reward, tmp_path / "reward")
+    form = {"version": 1, "chat_template": "w7 {{ messages[0]['content'] }}", "before": " ", "end": "w8", "suffix": ""}
+    (tmp_path / "reward" / FORMAT_FILE).write_text(json.dumps(form))
+    plan = check(configure(model=models(tiny_models, str(tmp_path / "reward"))))
+    translation = plan.reward_models[MAIN].translation
+    assert translation is not None and translation.end_ids == (12,)
+    prompt = translation.prompts[prompt_key(plan.prompts[0])]
+    assert prompt.tolist() == [11, *plan.prompts[0][-4:-1]]
+    assert "0.0% of the policy's tokens" in plan.warnings[0]
+    assert plan.config.critic_init == "reward_trunk"
 
-    folder = tmp_path / "reward"
-    shutil.copytree(tiny_models.reward, folder)
-    form = {"version": 1, "chat_template": "{{ messages }}", "before": " ", "end": "<eos>", "suffix": ""}
-    (folder / FORMAT_FILE).write_text(json.dumps(form))
-    with pytest.raises(ConfigError, match=r"model\.reward_model: .* another prompt format .*chat_template differs"):
-        check(configure(model={"policy": str(tiny_models.policy), "reward_model": str(folder)}))
+
+def test_a_reward_model_of_another_tokenizer(
+    configure: Callable[..., PPOConfig], tiny_models: Any, save_reward: Callable[..., str]
+) -> None:
+    """Every prompt has a translation, the held-out ones too, and the critic starts from the policy."""
+    config = configure(model=models(tiny_models, save_reward(OTHER_ORDER)))
+    plan = check(config)
+    translation = plan.reward_models[MAIN].translation
+    assert translation is not None
+    assert translation.prompts.keys() == {prompt_key(ids) for ids in [*plan.prompts, *plan.heldout]}
+    assert next(iter(translation.prompts.values())).tolist() == [4, 6, 7, 8, 5]
+    assert (config.critic_init, plan.config.critic_init) == ("reward_trunk", "sft")
+    (warning,) = plan.warnings
+    assert warning.startswith("model.reward_model: ") and "0.0% of the policy's tokens" in warning
+    settings = scoring_settings(plan.config, plan)
+    assert settings.translation == translation and settings.further == {}
+
+
+def test_every_model_has_its_own_tokens_and_suffix(
+    configure: Callable[..., PPOConfig], tiny_models: Any, save_reward: Callable[..., str]
+) -> None:
+    foreign = {"name": "helpful", "source": save_reward(OTHER_ORDER)}
+    given = models(tiny_models, str(tiny_models.reward), rewards=[foreign], cost=str(tiny_models.reward))
+    plan = check(config := configure(model=given, reward={"pooling_suffix": "w5"}))
+    assert list(plan.reward_models) == [MAIN, "helpful", COST]
+    assert [model.suffix_ids for model in plan.reward_models.values()] == [(9,), (), ()]
+    assert [model.translation is None for model in plan.reward_models.values()] == [True, False, True]
+    assert plan.warnings[-1].startswith("model.rewards helpful: ")
+    assert plan.config is config, "the critic's start is another model"
+    settings = scoring_settings(config, plan)
+    assert settings.models == plan.reward_models
+    assert (settings.suffix_ids, list(settings.further)) == ((9,), ["helpful", COST])
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"reward": {"mode": "abc"}}, r"model\.reward_model: .*another tokenizer .*reward\.mode = abc"),
+        ({"critic": {"init": "reward_trunk"}}, r"critic\.init = reward_trunk: the critic reads the policy's tokens"),
+        ({"critic": {"init": "reward_model"}}, r"critic\.init = reward_model: .*use critic\.init = sft"),
+        ({"rollout": {"max_response_tokens": 59}}, r"model\.reward_model: .* can read 63 tokens, and the longest"),
+    ],
+    ids=["attention", "trunk", "head", "window"],
+)
+def test_what_another_tokenizer_cannot_do(
+    configure: Callable[..., PPOConfig],
+    tiny_models: Any,
+    save_reward: Callable[..., str],
+    sections: dict[str, dict[str, Any]],
+    words: str,
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check(configure(model=models(tiny_models, save_reward(OTHER_ORDER)), **sections))
+
+
+def test_a_critic_of_its_own_folder_must_read_the_policys_tokens(
+    configure: Callable[..., PPOConfig], tiny_models: Any, save_reward: Callable[..., str]
+) -> None:
+    foreign = save_reward(OTHER_ORDER)
+    config = configure(model=models(tiny_models, foreign), critic={"source": str(tiny_models.reward)})
+    assert check(config).config is config
+    with pytest.raises(ConfigError, match=r"critic\.init = reward_trunk: .* use critic\.init = sft"):
+        check(configure(critic={"source": foreign}))
+
+
+def test_a_critic_that_is_not_loaded_may_be_named(
+    configure: Callable[..., PPOConfig], tiny_models: Any, save_reward: Callable[..., str]
+) -> None:
+    sections = {"ppo": {"advantage": "r3hf_baseline"}, "critic": {"init": "reward_trunk"}}
+    config = configure(model=models(tiny_models, save_reward(OTHER_ORDER)), **sections)
+    assert check(config).config is config
+
+
+def test_text_that_does_not_meet_is_refused_where_prefixes_are_read(
+    configure: Callable[..., PPOConfig], tiny_models: Any, save_reward: Callable[..., str]
+) -> None:
+    """It knows none of the words but one of three."""
+    model = models(tiny_models, save_reward([*OTHER_ORDER[:6], *(f"w{i}" for i in range(2, 24, 3))]))
+    with pytest.raises(ConfigError, match=r"model\.reward_model: 6\d% .*reward\.max_alignment_loss \(0\.2\)"):
+        check(configure(model=model))
+    check(configure(model=model, reward={"mode": "terminal"}))
+    assert "% of the policy's tokens" in check(configure(model=model, reward={"max_alignment_loss": 0.7})).warnings[0]
+
+
+def test_every_model_must_read_the_longest_response(configure: Callable[..., PPOConfig], tiny_models: Any) -> None:
+    """The suffix behind it too: 5 + 59 tokens fill the window."""
+    with pytest.raises(ConfigError, match=r"model\.reward_model: .* can read 63 tokens"):
+        check(configure(rollout={"max_response_tokens": 59}, reward={"pooling_suffix": "w5"}))
+
+
+def test_vllm_is_not_asked_for_attention(configure: Callable[..., PPOConfig]) -> None:
+    check(configure(reward={"backend": "vllm"}))
+    with pytest.raises(ConfigError, match=r"reward\.backend = vllm gives no attention"):
+        check(configure(reward={"backend": "vllm", "mode": "abc"}))
 
 
 @pytest.mark.parametrize(("cpus", "fits"), [(1.5, True), (1.49, False)])

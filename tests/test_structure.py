@@ -9,8 +9,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "r3hf_ray"
 FILE_LINES = 350
 FUNCTION_LINES = 60
-LONGER_FILES = {"config.py": 620}
-"""A file may be longer for a reason: config.py is a list of fields, two lines each."""
+LONGER_FILES = {"sections.py": 520}
+"""A file may be longer for a reason: sections.py is a list of fields, two lines each."""
 FORBIDDEN_CALLS = {
     "getattr": "name the attribute, or use a dict of name -> function (pkgutil.resolve_name for a user's own)",
     "setattr": "name the attribute",

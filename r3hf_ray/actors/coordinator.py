@@ -18,7 +18,6 @@ synchronous PPO. With max_lag = L a sample is at most L versions behind the step
 """
 
 import asyncio
-import statistics
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import numpy as np
 from ray.exceptions import RayError
 
 from r3hf_ray.actors.pipeline import Events, Member, Pipeline, Tally, Verdict, members, sentence_of
-from r3hf_ray.actors.steps import Row, Share, Step, evaluation_metrics
+from r3hf_ray.actors.steps import Row, Share, Step, calibration_of, evaluation_metrics
 from r3hf_ray.actors.weight_store import Publication, TransferStep
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.plan import Request, seed_of, split_evenly, step_requests
@@ -86,7 +85,7 @@ class Coordinator:
         self._steps: dict[int, Step] = {}
         self._confirmed: dict[int, asyncio.Task[Row]] = {}
         self._unconfirmed: dict[int, Row] = {}
-        self._calibration = (0.0, 1.0)
+        self._calibration: dict[str, tuple[float, float]] = {}
         self._calibrated, self._published = asyncio.Event(), asyncio.Event()
         self._slots = asyncio.Semaphore(0)
         self._first_version = 0
@@ -137,8 +136,11 @@ class Coordinator:
         except RayError as error:
             self._verdict.fail(f"weight transfer failed at a sampler ({step.value}): {sentence_of(error)}")
 
-    async def calibration(self) -> tuple[float, float]:
-        """(mean, std) of the sequence reward over samples of the policy as it was published first."""
+    async def calibration(self) -> dict[str, tuple[float, float]]:
+        """(mean, std) of each model's sequence reward over samples of the policy as it was published first.
+
+        By name, the main model's as ``reward``; nothing without calibration samples.
+        """
         await self._verdict.or_failure(self._calibrated.wait())
         return self._calibration
 
@@ -230,11 +232,11 @@ class Coordinator:
         await self._verdict.or_failure(self._published.wait())
         count = self._config.reward.calibration_samples
         infos = await self._judge(self._requests("calibration", self._prompts, count), "calibration")
-        scores = [info.score for info in infos]
-        if len(scores) < 2:
+        if len(infos) < 2:
             self._verdict.fail(f"calibration scored fewer than 2 responses; {self._last_quarantine()}")
-        self._calibration = (statistics.fmean(scores), statistics.pstdev(scores))
-        self._events.add("calibrated", mean=self._calibration[0], std=self._calibration[1], responses=len(scores))
+        self._calibration = calibration_of(infos)
+        for name, (mean, std) in self._calibration.items():
+            self._events.add("calibrated", model=name, mean=mean, std=std, responses=len(infos))
         self._calibrated.set()
 
     def _evaluation_due(self, version: int) -> bool:
@@ -300,7 +302,7 @@ class Coordinator:
         self._slots = asyncio.Semaphore(0)
         self._steps, self._confirmed, self._unconfirmed, self._tasks = {}, {}, {}, set()
         self._published, self._calibrated = asyncio.Event(), asyncio.Event()
-        self._calibration = (0.0, 1.0)
+        self._calibration = {}
 
     def _step(self, step: int) -> Step:
         return self._steps.setdefault(step, Step(expected=self._config.responses_per_step))

@@ -44,6 +44,11 @@ class LearnerSettings:
     write_samples: SampleWriter
 
 
+BROKEN_CODE = (TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
+"""A rank that is started again would break again, in the same line: such an error ends the run, a lost process does
+not."""
+
+
 def train_loop(settings: dict[str, LearnerSettings]) -> None:
     """One rank's whole life.
 
@@ -82,8 +87,9 @@ class _Rank:
             ray.get(self._coordinator.begin.remote(self._learner.step))
         self._publish()
         if self._learner.step == 0:
-            mean, std = ray.get(self._coordinator.calibration.remote())
-            self._learner.set_scale(RewardScale(mean=mean, scale=std if std > 0 else 1.0))
+            moments: dict[str, tuple[float, float]] = ray.get(self._coordinator.calibration.remote())
+            for name, (mean, std) in moments.items():
+                self._learner.set_scale(RewardScale(mean=mean, scale=std if std > 0 else 1.0), name)
         while self._learner.step < self._config.ppo.steps:
             self._step()
         self._learner.save_pretrained(self._settings.run_folder / "model")
@@ -103,6 +109,9 @@ class _Rank:
             metrics = self._learner.update(scored, minibatch_of=share.minibatch_of)
         except (DivergenceError, TelescopingError) as error:
             ray.get(self._coordinator.fail.remote(str(error)))  # raises RunFailed, on every rank
+            raise
+        except BROKEN_CODE as error:
+            ray.get(self._coordinator.fail.remote(f"the learner broke: {type(error).__name__}: {error}"))
             raise
         published = self._publish()
         if self._rank == 0:

@@ -1,21 +1,29 @@
-"""Reward actor: one reward model and one reference, scoring chunks of trajectories that arrive as a ref."""
+"""Reward actor: reward models and one reference, scoring chunks of trajectories that arrive as a ref."""
 
+import os
 import time
 from typing import Any
 
+from r3hf_ray.actors.environment import VLLM, VLLM_ON_CPU
 from r3hf_ray.types import Failure, ScoredTrajectory, ScoreReport, Trajectory
 
 
 class RewardActor:
     """Stateless, so Ray may restart it and run a call again: the same ids give the same scores."""
 
-    def __init__(self, settings: Any, *, threads: int) -> None:
+    def __init__(self, settings: Any, *, threads: int, backend: str = "transformers") -> None:
+        """Load the models; ``backend`` (`reward.backend`) runs the reward models, transformers the reference."""
+        if backend == "vllm":  # read when vLLM is imported, below
+            os.environ.update(VLLM_ON_CPU if settings.device == "cpu" else VLLM)
         import torch
 
+        from r3hf_ray.actors.vllm_scores import VllmReader
+        from r3hf_ray.models.readers import MakeReader, SameIds
         from r3hf_ray.models.scoring import Scorer
 
         torch.set_num_threads(threads)
-        self._scorer = Scorer(settings)
+        make_reader: MakeReader = VllmReader if backend == "vllm" else SameIds
+        self._scorer = Scorer(settings, make_reader=make_reader)
 
     def ping(self) -> None:
         """Answer, once the models are loaded."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from r3hf_ray.actors.environment import VLLM, VLLM_ON_CPU
 from r3hf_ray.actors.weight_store import Loaded, Probe, Publication, TransferStep
 from r3hf_ray.plan import Request
 from r3hf_ray.types import Failure, Finish, GenerateReport, Trajectory
@@ -39,16 +40,9 @@ class EngineSettings:
 
     def environment(self) -> dict[str, str]:
         """Environment of the actor's process; vLLM reads it at import."""
-        common = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
         if self.on_gpu:
-            return common
-        return common | {
-            "OMP_NUM_THREADS": str(self.threads),
-            "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gb),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # vLLM compiles a logprob helper even in eager mode: 3 s warm, 20 s on a fresh machine.
-            "TORCHDYNAMO_DISABLE": "1",
-        }
+            return VLLM
+        return VLLM_ON_CPU | {"OMP_NUM_THREADS": str(self.threads), "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gb)}
 
 
 class RolloutActor:

@@ -19,8 +19,10 @@ import transformers
 from ray.train import RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from r3hf_ray.config import RewardConfig, SFTConfig, TrainerSection
+from r3hf_ray.actors.environment import ACTORS
+from r3hf_ray.config import RewardConfig, SFTConfig
 from r3hf_ray.models.load import absolute
+from r3hf_ray.sections import TrainerSection
 from r3hf_ray.training.ranking import RankedGroup
 from r3hf_ray.training.reward_model import Pair, train_on_groups, train_on_pairs
 from r3hf_ray.training.sft import Example, train_policy
@@ -131,7 +133,7 @@ def _fit(
         run_config=RunConfig(
             name="checkpoints",
             storage_path=str(folder),
-            worker_runtime_env={"env_vars": {"HF_HUB_DISABLE_TELEMETRY": "1"}},
+            worker_runtime_env={"env_vars": ACTORS},
         ),
     )
     failures: list[TrainingFailedError] = []

@@ -8,7 +8,7 @@ from typing import Any
 from r3hf_ray.actors.pipeline import Sample, Tally
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.plan import deal_to_ranks, minibatch_of
-from r3hf_ray.types import Finish, ScoreInfo
+from r3hf_ray.types import MAIN, Finish, ScoreInfo
 
 Row = dict[str, int | float]
 """Metrics of one step by name; counts are integers."""
@@ -65,8 +65,15 @@ class Step:
         )
 
 
+def calibration_of(infos: list[ScoreInfo]) -> dict[str, tuple[float, float]]:
+    """(mean, std) of each model's sequence reward, by name; of at least two responses."""
+    scores = {MAIN: [info.score for info in infos]}
+    scores |= {name: [info.components[name] for info in infos] for name in infos[0].components}
+    return {name: (statistics.fmean(values), statistics.pstdev(values)) for name, values in scores.items()}
+
+
 def evaluation_metrics(infos: list[ScoreInfo]) -> Row:
-    """Means over held-out prompts, with the standard error of the gold score."""
+    """Means over held-out prompts (at least one), with the standard error of the gold score."""
     golds = [info.gold for info in infos if info.gold is not None]
     lengths = [info.info.length - info.info.prompt_len for info in infos]
     row = {
@@ -75,6 +82,10 @@ def evaluation_metrics(infos: list[ScoreInfo]) -> Row:
         "eval/heldout/eos_frac": statistics.fmean(info.info.finish is Finish.EOS for info in infos),
         "eval/heldout/prompts": len(infos),
     }
+    for name in infos[0].components:
+        scores = [info.components[name] for info in infos]
+        row[f"eval/heldout/{name}/score/mean"] = statistics.fmean(scores)
+        row[f"eval/heldout/{name}/score/sem"] = statistics.pstdev(scores) / len(scores) ** 0.5
     if golds:
         row["eval/heldout/gold/mean"] = statistics.fmean(golds)
         row["eval/heldout/gold/sem"] = statistics.pstdev(golds) / len(golds) ** 0.5

@@ -1,14 +1,42 @@
 """Scored trajectories to padded batches, and batches to microbatches that fit a budget of padded tokens."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from r3hf_ray.types import Finish, ScoredTrajectory
+from r3hf_ray.algorithms.redistribution import PrefixScores
+from r3hf_ray.types import MAIN, ComponentScores, Finish, ScoredTrajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Component:
+    """What one reward model says of a batch, in its own units.
+
+    Example, a batch of one, response of two tokens: ``token_rewards=[[0, 0, 0.4, 1.1]]``,
+    ``prefix_scores=[[0, 0, 0.9, 2.0]]``, ``score=[2.0]``, ``prompt_score=[0.5]``.
+    """
+
+    token_rewards: Float[Tensor, "B T"]
+    prefix_scores: Float[Tensor, "B T"]
+    score: Float[Tensor, "B"]
+    prompt_score: Float[Tensor, "B"]
+
+    @property
+    def scores(self) -> PrefixScores:
+        """Its scores as `algorithms.redistribution` reads them."""
+        return PrefixScores(prefix=self.prefix_scores, prompt=self.prompt_score, pooled=self.score)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by field."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Component":
+        """The same of what ``function`` makes of each tensor."""
+        return Component(**{name: function(x) for name, x in self.tensors().items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +71,32 @@ class Batch:
     samples: Int64[Tensor, "B"]
     policy_versions: Int64[Tensor, "B"]
     """The weights version that sampled each row."""
+    alignment_loss: Float[Tensor, "B"]
+    """Share of response tokens that a reward model with another tokenizer could not be aligned with; the largest over
+    models."""
+    components: dict[str, Component] = field(default_factory=dict)
+    """Of further reward models by name, and of the cost model as ``cost``."""
 
     @property
     def lengths(self) -> list[int]:
         """Prompt + response of each row, without padding. [tokens]"""
         return self.attention_mask.sum(1).tolist()
+
+    @property
+    def by_model(self) -> dict[str, Component]:
+        """What each model says, the main one first, as ``reward``."""
+        main = Component(
+            token_rewards=self.token_rewards,
+            prefix_scores=self.prefix_scores,
+            score=self.score,
+            prompt_score=self.prompt_score,
+        )
+        return {MAIN: main} | self.components
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by a flat name: ``score``, ``components.cost.score``."""
+        further = {f"components.{name}": part.tensors() for name, part in self.components.items()}
+        return self._own() | {f"{place}.{name}": x for place, part in further.items() for name, x in part.items()}
 
     def rows(self, index: Sequence[int] | Int64[Tensor, "N"]) -> "Batch":
         """The rows ``index`` (at least one), in that order, trimmed to the longest of them."""
@@ -60,7 +109,11 @@ class Batch:
         return self._map(lambda x: x.to(device))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+        components = {name: part.map(function) for name, part in self.components.items()}
+        return Batch(**{name: function(x) for name, x in self._own().items()}, components=components)
+
+    def _own(self) -> dict[str, Tensor]:
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "components"}
 
 
 def collate(scored: Sequence[ScoredTrajectory], *, pad_id: int) -> Batch:
@@ -69,7 +122,13 @@ def collate(scored: Sequence[ScoredTrajectory], *, pad_id: int) -> Batch:
     Args:
         scored: trajectories with their rewards.
         pad_id: token id on the padding; masked everywhere, so any id the embedding knows will do.
+
+    Raises:
+        ValueError: they were not all scored by the same models.
     """
+    names = scored[0].components.keys()
+    if any(s.components.keys() != names for s in scored):
+        raise ValueError("the trajectories of a batch were scored by different reward models")
     trajectories = [s.trajectory for s in scored]
     lengths = torch.tensor([len(t.token_ids) for t in trajectories])
     prompts = torch.tensor([t.prompt_len for t in trajectories])
@@ -90,6 +149,17 @@ def collate(scored: Sequence[ScoredTrajectory], *, pad_id: int) -> Batch:
         prompt_ids=torch.tensor([t.prompt_id for t in trajectories]),
         samples=torch.tensor([t.sample for t in trajectories]),
         policy_versions=torch.tensor([t.policy_version for t in trajectories]),
+        alignment_loss=torch.tensor([s.alignment_loss for s in scored], dtype=torch.float32),
+        components={name: _component([s.components[name] for s in scored]) for name in names},
+    )
+
+
+def _component(scores: Sequence[ComponentScores]) -> Component:
+    return Component(
+        token_rewards=pad_rows([s.token_rewards for s in scores], fill=0.0),
+        prefix_scores=pad_rows([s.prefix_scores for s in scores], fill=0.0),
+        score=torch.tensor([s.score for s in scores], dtype=torch.float32),
+        prompt_score=torch.tensor([s.prompt_score for s in scores], dtype=torch.float32),
     )
 
 
@@ -138,4 +208,7 @@ def masked_filler(batch: Batch) -> Batch:
         ref_logprobs=nothing,
         token_rewards=nothing,
         prefix_scores=nothing,
+        components={
+            name: replace(part, token_rewards=nothing, prefix_scores=nothing) for name, part in row.components.items()
+        },
     )

@@ -78,7 +78,8 @@ def missing_eos(
     - ``penalty``: their rewards minus ``penalty`` at the last token. A different objective, on purpose.
     - ``zero_credit``: only ``-penalty`` at the last token, so that nothing is earned by filling the window.
 
-    Apply it after `normalize`: ``penalty`` is in the units of ``rewards``, standard deviations of the sequence reward.
+    Apply it after `normalize`, and with several models once, to their weighted sum: ``penalty`` is in the units of
+    ``rewards``, standard deviations of the sequence reward where one model with weight 1 gives it.
 
     Raises:
         ValueError: any other ``rule``.

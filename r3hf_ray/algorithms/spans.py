@@ -9,6 +9,13 @@ from torch import Tensor
 
 from r3hf_ray.algorithms.masking import last_token, previous_token
 
+SENTENCE_ENDS = (".", "!", "?", "\n")
+
+
+def ends_sentence(text: str) -> bool:
+    """Whether a token's text ends with a full stop, `!`, `?` or a line break; spaces behind that do not count."""
+    return text.rstrip(" ").endswith(SENTENCE_ENDS)
+
 
 def sentence_ends(
     token_ids: Int64[Tensor, "B T"], response_mask: Bool[Tensor, "B T"], *, end_ids: Int64[Tensor, "N"]

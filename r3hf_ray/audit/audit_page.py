@@ -8,9 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.audit.answers import Scored, r3hf_credit
 from r3hf_ray.audit.audit import Audit
-from r3hf_ray.audit.cards import card, panel, scale_of, spread_out, text_of
+from r3hf_ray.audit.cards import spread_out, text_of
 from r3hf_ray.audit.page import Chart, Check, Page, Row, Section, Table
 from r3hf_ray.audit.verdict import HALF, Verdict
+from r3hf_ray.tracking.cards import NOTES, card, panel, scale_of
 from r3hf_ray.tracking.summary import Tile
 
 SHOWN_PAIRS = 8
@@ -76,8 +77,8 @@ def audit_page(audit: Audit, verdict: Verdict, pairs: Pairs, *, title: str, abou
                 id="texts",
                 title="Pairs, token by token",
                 intro="From the clearest right ranking to the clearest wrong one. Blue tokens raised the score, orange "
-                "ones lowered it; point at one for its numbers. The line under an answer is the score of everything up "
-                "to that token, on one scale for both answers; the dotted line is where the prompt left it.",
+                "ones lowered it; point at one for its numbers. The line under the words is the score of everything up "
+                "to there, on one scale for both answers; the dotted line is where the prompt left it.",
             ),
             Section(id="numbers", title="All numbers", intro="As in audit.json.", tables=[_table(audit)]),
         ],
@@ -96,11 +97,18 @@ def pair_cards(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, audit: Audit) -
             label="ranked right" if margins[i] > 0 else "ranked wrong",
             facts=[("lead of the chosen answer", f"{margins[i]:+.2f} std")],
             prompt=str(tokenizer.decode(pairs[i][0].answer.prompt_ids)),
-            texts=[text_of(answer, tokenizer, mean=mean, std=std) for answer in pairs[i]],
-            panels=[
-                panel(name, f"score {(answer.score - mean) / std:+.2f}, {len(paid)} tokens", paid, scale=scale, of=k)
-                for k, (name, answer, paid) in enumerate(zip(("chosen", "rejected"), pairs[i], both, strict=True))
+            texts=[
+                text_of(
+                    answer,
+                    tokenizer,
+                    mean=mean,
+                    std=std,
+                    title=name,
+                    note=f"score {(answer.score - mean) / std:+.2f}, {len(answer.prefix)} tokens",
+                )
+                for name, answer in zip(("chosen", "rejected"), pairs[i], strict=True)
             ],
+            panels=[panel("r3hf", NOTES["r3hf"], paid, scale=scale, of=k) for k, paid in enumerate(both)],
         )
         for i, both in zip(picked, credit, strict=True)
     ]

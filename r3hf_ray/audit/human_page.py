@@ -7,11 +7,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.audit.answers import Credit, Scored
-from r3hf_ray.audit.cards import NOTES, OWN_NOTE, card, in_order, panel, scale_of, spread_out, text_of
+from r3hf_ray.audit.cards import spread_out, text_of
 from r3hf_ray.audit.human_credit import CONTROLS, LOGPROB, UNTRAINED, HumanRow, PairRow, human_verdict
 from r3hf_ray.audit.intervals import Mean
 from r3hf_ray.audit.marked import MarkedAnswer, marked_characters
 from r3hf_ray.audit.page import Chart, Check, Page, Row, Section, Table
+from r3hf_ray.tracking.cards import NOTES, OWN_NOTE, card, in_order, panel, scale_of
 from r3hf_ray.tracking.summary import Tile
 
 SHOWN = 6
@@ -56,10 +57,11 @@ def human_page(rows: Sequence[HumanRow], pairs: Sequence[PairRow], *, title: str
             Section(
                 id="texts",
                 title="The same answer, paid by each method",
-                intro="From the answer where r3hf finds the marks best to where it finds them worst. Blue tokens "
-                "earned, orange ones lost; wavy underlines are what people marked: where orange meets an underline, "
-                "credit is right. Each method has its own scale. The line under an answer is the reward model's score "
-                "of everything up to that token, shaded where people marked it. Point at a token for its numbers.",
+                intro="From the answer where r3hf finds the marks best to where it finds them worst. Each row pays the "
+                "same words by another method: blue words earned, orange ones lost, on one scale for all methods of "
+                "an answer (controls have their own). Dashed underlines are what people marked: where orange meets an "
+                "underline, credit is right. The line under the words is the reward model's score of everything up to "
+                "there. Point at a word for its numbers.",
             ),
             Section(id="numbers", title="All numbers", intro="As in credit.json.", tables=_tables(rows, pairs)),
         ],
@@ -84,38 +86,38 @@ def human_cards(
         paid: credit by method.
         blame: for each answer the area of r3hf; NaN where it has only one sort of text.
         tokenizer: of the reward model.
-        mean: of the score.
-        std: of the score.
+        mean: of the score, as is `std`.
+        std: in the model's own units.
     """
     shown = {n: paid[n] for n in in_order(paid) if n not in CONTROLS or n in CONTROL_NOTES}
-    notes = {**NOTES, **CONTROL_NOTES, "segment": "the same, paid once a sentence; shown shared over it"}
+    notes = {**NOTES, **CONTROL_NOTES, "segment": "r3hf summed over sentences, shown shared over each"}
     coloured = {name: _about_mean(credit) if name == LOGPROB else credit for name, credit in shown.items()}
-    scales = {name: scale_of(credit) for name, credit in coloured.items()}
     known = [i for i, area in enumerate(blame) if not np.isnan(area)]
     known = [i for i in known if 0.15 < _marked_share(answers[i]) < 0.85] or known
     cards = []
-    for i in [known[k] for k in spread_out([blame[i] for i in known], SHOWN)]:
+    for i in (known[k] for k in spread_out([blame[i] for i in known], SHOWN)):
         kinds = _kinds(answers[i])
-        firsts = {t: kind for t, kind in enumerate(kinds) if kind and (t == 0 or kinds[t - 1] != kind)}
-        text = text_of(
-            scored[i],
-            tokenizer,
-            mean=mean,
-            std=std,
-            marks=[-1 if kind else 0 for kind in kinds],
-            words=kinds,
-            tags=firsts,
-        )
+        tags = ["" if t and kinds[t - 1] == kind else kind for t, kind in enumerate(kinds)]
+        marks = [-1 if kind else 0 for kind in kinds]
+        text = text_of(scored[i], tokenizer, mean=mean, std=std, marks=marks, words=kinds, tags=tags)
+        scale = scale_of(credit[i] for name, credit in coloured.items() if name not in CONTROL_NOTES)
+        score = f"{(scored[i].score - mean) / std:+.2f}"
         cards.append(
             card(
                 label=f"row {answers[i].row}",
-                facts=[("AUROC of r3hf", f"{blame[i]:.2f}"), ("score", f"{(scored[i].score - mean) / std:+.2f}")],
+                facts=[("AUROC of r3hf", f"{blame[i]:.2f}"), ("score", score)],
                 prompt=answers[i].question,
                 texts=[text],
                 panels=[
-                    panel("what people marked", "and what for", None, scale=1.0, tags=True),
+                    panel("what people marked", "and what for", None, scale=1.0, tagged=True),
                     *(
-                        panel(name, notes.get(name, OWN_NOTE), credit[i], scale=scales[name])
+                        panel(
+                            name,
+                            notes.get(name, OWN_NOTE),
+                            credit[i],
+                            scale=scale_of([credit[i]]) if name in CONTROL_NOTES else scale,
+                            summed=name != LOGPROB,
+                        )
                         for name, credit in coloured.items()
                     ),
                 ],

@@ -23,12 +23,12 @@ from jaxtyping import Bool, Float64
 from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.audit.answers import Answer, Judge
-from r3hf_ray.config import DataSection
 from r3hf_ray.data.chat import answer_ids, prompt_ids, render_prompt
 from r3hf_ray.data.loading import Report
 from r3hf_ray.data.records import Message, Unusable
 from r3hf_ray.data.sources import DataError, open_source
 from r3hf_ray.models.load import ModelError
+from r3hf_ray.sections import DataSection
 
 
 @dataclass(frozen=True, slots=True)

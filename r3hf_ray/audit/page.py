@@ -1,11 +1,10 @@
 """One self-contained page for `r3hf audit` and `r3hf credit`, with its numbers as JSON beside it.
 
 Texts of models and people are untrusted: the template escapes them, the script sets them with `textContent`, and a
-content security policy lets only this page's own two scripts run and nothing be loaded. It wears the report's CSS.
+content security policy lets only this page's own two scripts run and nothing be loaded. CSS, coloured texts and their
+script are those of a run's report.
 """
 
-import base64
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from r3hf_ray.tracking.cards import notes_of
 from r3hf_ray.tracking.report import TEMPLATES as REPORT_TEMPLATES
+from r3hf_ray.tracking.report import hash_of, script_of
 from r3hf_ray.tracking.summary import Tile
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -113,18 +114,21 @@ def write_page(
     """Write ``name.html`` and ``name.json`` into a folder, over what an earlier call left there; returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(plain(numbers), indent=2) + "\n", encoding="utf-8")
-    script, plotly = (TEMPLATES / "page.js").read_text(), get_plotlyjs()
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    script, plotly = script_of(TEMPLATES / "page.js"), get_plotlyjs()
+    folders = FileSystemLoader([TEMPLATES, REPORT_TEMPLATES])
+    environment = Environment(loader=folders, autoescape=True, undefined=StrictUndefined)
     charts = [chart for section in page.sections for chart in section.charts]
     text = environment.get_template("page.html.jinja").render(
         page=page,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         json_name=f"{name}.json",
+        marks=page.marks,
+        notes=notes_of(cards),
         data=plain({"charts": charts, "cards": list(cards)}),
         style=Markup((REPORT_TEMPLATES / "report.css").read_text() + (TEMPLATES / "page.css").read_text()),
         script=Markup(script),
         plotly=Markup(plotly),
-        script_hashes=[_hash(script), _hash(plotly)],
+        script_hashes=[hash_of(script), hash_of(plotly)],
     )
     path = folder / f"{name}.html"
     path.write_text(text, encoding="utf-8")
@@ -142,7 +146,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     return value
-
-
-def _hash(script: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

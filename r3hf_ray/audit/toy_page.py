@@ -6,13 +6,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.audit.answers import Credit, Scored
-from r3hf_ray.audit.cards import NOTES, OWN_NOTE, card, in_order, panel, scale_of, spread_out, text_of
+from r3hf_ray.audit.cards import spread_out, text_of
 from r3hf_ray.audit.page import Chart, Check, Page, Row, Section, Table
 from r3hf_ray.audit.toy_credit import LAMBDAS, Bar, ToyResponse, ToyRow
+from r3hf_ray.tracking.cards import KNOWN, KNOWN_NOTE, MARKS, NOTES, OWN_NOTE, card, in_order, mark_of, panel, scale_of
 from r3hf_ray.tracking.summary import Tile
 
 SHOWN = 6
-MARKS = {"plus-mark": "truly helped", "minus-mark": "truly hurt"}
 Advantages = Mapping[str, Mapping[float, float]]
 
 
@@ -60,10 +60,10 @@ def toy_page(rows: Sequence[ToyRow], advantages: Advantages, bars: Sequence[Bar]
             Section(
                 id="texts",
                 title="The same response, paid by each method",
-                intro="From the best response to the worst. Blue tokens earned, orange ones lost; underlines are the "
-                "truth: where colour and underline agree, credit is right. Each method has its own scale. The line "
-                "under a response is the reward model's score of everything up to that token; shaded where a word "
-                "truly helped or hurt. Point at a token for its numbers.",
+                intro="From the best response to the worst. Each row pays the same words by another method: blue words "
+                "earned, orange ones lost, on one scale for all methods of a response. Underlines are the truth: where "
+                "colour and underline agree, credit is right. The line under the words is the reward model's score of "
+                "everything up to there. Point at a word for its numbers.",
             ),
             Section(id="numbers", title="All numbers", intro="As in credit.json.", tables=_tables(rows, advantages)),
         ],
@@ -81,22 +81,20 @@ def toy_cards(
 ) -> list[dict[str, Any]]:
     """Responses from the best to the worst by known credit, coloured by each method and by the known credit."""
     golds = [float(response.gold.sum()) for response in responses]
-    scales = {method: scale_of(credit) for method, credit in paid.items()}
     cards = []
     for i in spread_out(golds, SHOWN):
+        scale = scale_of(credit[i] for credit in paid.values())
         gold, answer = responses[i].gold, scored[i]
         text = text_of(
             answer,
             tokenizer,
             mean=mean,
             std=std,
-            marks=[(g > 1e-9) - (g < -1e-9) for g in gold.tolist()],
-            words=[f"{g:+.2f}" if g else "" for g in gold.tolist()],
+            marks=[mark_of(credit) for credit in gold.tolist()],
         )
-        truth = panel("known credit", "what each word is truly worth", gold, scale=1.0)
+        truth = panel(KNOWN, KNOWN_NOTE, gold, scale=1.0)
         methods = [
-            panel(method, NOTES.get(method, OWN_NOTE), paid[method][i], scale=scales[method])
-            for method in in_order(paid)
+            panel(method, NOTES.get(method, OWN_NOTE), paid[method][i], scale=scale) for method in in_order(paid)
         ]
         facts = [
             ("gold", f"{golds[i]:+.2f}"),

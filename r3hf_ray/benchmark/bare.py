@@ -4,6 +4,7 @@
 |--------------|---------|-------------------------------------------------------------------------------------|
 | generate     | sampler | vLLM samples the whole batch in one call, with logprobs                             |
 | score        | scorer  | `Scorer.score`: reward model and reference forwards, redistribution                 |
+| score by abc | scorer  | the same with `abc`, that is with eager attention; not part of a step               |
 | learn        | learner | `PPOLearner.update`: old logprobs and values, then policy and value learning        |
 | load weights | sampler | all tensors fingerprinted as for a publication, then vLLM's reload; no Ray, no copy |
 
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from r3hf_ray.actor_settings import engine_settings, scoring_settings
+from r3hf_ray.actors.environment import ACTORS
 from r3hf_ray.actors.pipeline import RunFailed
 from r3hf_ray.actors.rollout import EngineSettings, RolloutActor
 from r3hf_ray.benchmark.results import BareStep, Cost
@@ -33,6 +35,8 @@ from r3hf_ray.plan import Request, minibatch_of, step_requests
 from r3hf_ray.preflight import check
 from r3hf_ray.types import ScoredTrajectory, Trajectory
 
+ABC = "score by abc"
+"""Not part of a step: what eager attention, which `abc` alone needs, costs on the same responses."""
 START_SECONDS = 300.0
 STOP_SECONDS = 10.0
 
@@ -49,10 +53,11 @@ class BareLoops:
         Raises:
             RunFailed: one could not.
         """
-        self._config, plan = config, check(config)
+        plan = check(config)
+        self._config = config = plan.config
         self._prompts, self._step = plan.prompts, count()
         engine = replace(engine_settings(config, plan), threads=cores)
-        os.environ["OMP_NUM_THREADS"] = str(cores)  # read when a child first imports torch
+        os.environ |= ACTORS | {"OMP_NUM_THREADS": str(cores)}  # read when a child starts and first imports torch
         self._sampler = _Process(_sampler, engine, log=logs / "sampler.txt")
         self._scorer = _Process(_scorer, scoring_settings(config, plan), log=logs / "scorer.txt")
         self._learner = _Process(_learner, config, log=logs / "learner.txt")
@@ -82,7 +87,8 @@ class BareLoops:
         generate, trajectories = self._sampler.call(threads, "generate", requests)
         score, scored = self._scorer.call(threads, "score", trajectories)
         learn, metrics = self._learner.call(threads, "learn", scored, number)
-        costs = {"generate": generate, "score": score, "learn": learn, "load weights": load}
+        attention, _ = self._scorer.call(threads, ABC, trajectories)
+        costs = {"generate": generate, "score": score, "learn": learn, "load weights": load, ABC: attention}
         stages = {name: value for name, value in metrics.items() if name.startswith("time/")}
         return BareStep(threads=threads, costs=costs, stages=stages, tokens=metrics["rollout/response_length/mean"])
 
@@ -149,8 +155,7 @@ def _sampler(settings: EngineSettings) -> Calls:
     os.environ.update(settings.environment())
     import torch
 
-    from r3hf_ray.actors.weight_store import Publication, Tensor, fingerprint, fingerprint_of_all
-    from r3hf_ray.benchmark.in_process import BACKEND
+    from r3hf_ray.benchmark.in_process import BACKEND, publication
     from r3hf_ray.models.load import load_policy
     from r3hf_ray.models.sharding import full_parameters
 
@@ -158,14 +163,8 @@ def _sampler(settings: EngineSettings) -> Calls:
     policy = load_policy(settings.model, torch.float32)
 
     def load_weights(version: int) -> None:
-        arrays = ((name, tensor.detach().numpy()) for name, tensor in full_parameters(policy))
-        bucket = [Tensor(name=name, dtype="float32", array=a, fingerprint=fingerprint(a)) for name, a in arrays]
-        whole = fingerprint_of_all({tensor.name: tensor.fingerprint for tensor in bucket})
-        size = sum(tensor.array.nbytes for tensor in bucket)
-        loaded = actor.load_weights(
-            Publication(version=version, buckets=[bucket], fingerprint=whole, num_bytes=size, probe=None)
-        )
-        if loaded.fingerprint != whole:
+        published = publication(full_parameters(policy), version)
+        if actor.load_weights(published).fingerprint != published.fingerprint:
             raise RunFailed("the bare loop's engine did not load the weights it was given")
 
     def generate(requests: list[Request]) -> list[Trajectory]:
@@ -177,7 +176,8 @@ def _sampler(settings: EngineSettings) -> Calls:
 def _scorer(settings: ScoringSettings) -> Calls:
     from r3hf_ray.models.scoring import Scorer
 
-    return {"score": Scorer(settings).score}
+    by_attention = replace(settings, mode="abc", beta_c=0.8)
+    return {"score": Scorer(settings).score, ABC: Scorer(by_attention).score}
 
 
 def _learner(config: PPOConfig) -> Calls:

@@ -90,7 +90,6 @@ def _facts(command: str, started: float, *, repeats: int, load: float, cores: in
         "date": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(started)) + " UTC",
         "took": f"{time.time() - started:.0f} s",
         "repeats": str(repeats),
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),  # threads that spin take a core from others
         "machine": f"{cores} cores of {_processor()}, load average {load:.1f} at the start",
         **versions(),
     }

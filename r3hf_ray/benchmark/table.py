@@ -10,6 +10,7 @@ from rich.table import Table
 from r3hf_ray.benchmark.results import (
     LEARNER_STAGES,
     REST,
+    STEP_LOOPS,
     WORKER_STAGES,
     Results,
     SystemRun,
@@ -80,17 +81,18 @@ def as_json(results: Results, facts: Mapping[str, str]) -> dict[str, Any]:
 
 def _steps(results: Results) -> Page:
     whole, threads = bare_sum(results.bare), bare_threads(results.bare)
-    loops = [
-        [f"bare: {name}, {threads[name]} thread(s)", f"{cost.wall:.2f}", "", f"{cost.cpu:.2f}", "", "", ""]
+    loops = {
+        name: [f"bare: {name}, {threads[name]} thread(s)", f"{cost.wall:.2f}", "", f"{cost.cpu:.2f}", "", "", ""]
         for name, cost in bare_costs(results.bare).items()
-    ]
+    }
+    parts = [loops.pop(name) for name in STEP_LOOPS]
     total = ["bare: sum", f"{whole.wall:.2f}", "1.00", f"{whole.cpu:.2f}", "", "", ""]
     systems = [_system_row(name, runs, whole.wall) for name, runs in results.systems.items()]
     tokens = [run.tokens for runs in results.systems.values() for run in runs]
     return Page(
         title="A PPO step",
         header=["", "wall s", "x bare", "CPU s", "idle cores", "lowest - highest s", "first step s"],
-        rows=[*loops, total, *systems],
+        rows=[*parts, total, *loops.values(), *systems],
         note=(
             f"Medians. {len(results.bare)} passes of the bare loops, each on its better number of threads; "
             f"{len(results.systems['lag 0'])} runs at lag 0. "

@@ -13,6 +13,7 @@ from r3hf_ray.toy.world import make_ranked, make_world
 PROMPT_TOKENS = 16
 """More than a toy prompt has."""
 GOLD = {24: "gold_reward_24", 48: "gold_reward", 96: "gold_reward_96"}
+GOLD_CREDIT = {24: "token_credit_24", 48: "token_credit", 96: "token_credit_96"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ def toy_overrides(toy: ToySection, paths: ToyPaths) -> list[str]:
         *("--data.source", str(paths.world / "prompts.jsonl"), "--data.heldout", str(toy.heldout_prompts)),
         *("--rollout.max_response_tokens", str(toy.max_response_tokens)),
         *("--reward.gold", f"r3hf_ray.toy.language:{GOLD[toy.max_response_tokens]}"),
+        *("--reward.gold_credit", f"r3hf_ray.toy.language:{GOLD_CREDIT[toy.max_response_tokens]}"),
     ]
 
 

@@ -11,7 +11,7 @@ from r3hf_ray.comparison.bars import ArmResult, Bar
 from r3hf_ray.comparison.records import Record
 from r3hf_ray.comparison.settings import CompareConfig
 from r3hf_ray.comparison.statistics import band, by_cell, trailing_mean
-from r3hf_ray.comparison.tables import arm_table, markdown, numbers, run_table, samples_text, summary
+from r3hf_ray.comparison.tables import SCREENED, arm_table, markdown, numbers, run_table, samples_text, summary
 from r3hf_ray.tracking.summary import Tile
 
 NAME = "comparison"
@@ -52,7 +52,7 @@ def comparison_page(config: CompareConfig, results: Sequence[ArmResult], bars: S
         verdict=summary(config, results, bars),
         status=status,
         tone="good" if complete and not missed else "warn",
-        about=f"variants of {config.compare.job}",
+        about=f"variants of {config.compare.job}{SCREENED if config.compare.in_process else ''}",
         tiles=_tiles(config, results, runs, bars),
         sections=[
             *([expected] if bars else []),

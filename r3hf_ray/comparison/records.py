@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from r3hf_ray.comparison.schedules import Schedule
 from r3hf_ray.comparison.statistics import Reach, mean_near, samples_to
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.tracking.metrics import STEP, read_jsonl, read_metrics
@@ -14,8 +15,7 @@ LAST_STEPS = 5
 """A final KL is the mean of this many last steps: one batch of 32 responses is noisy."""
 NEAR = 0.2
 """Steps within this share of the KL in question count as at equal KL."""
-GOLD, KL = "reward/gold/mean", "kl/ref/mean"
-FINAL_GOLD, FINAL_SEM = "eval/heldout/gold/mean", "eval/heldout/gold/sem"
+KL = "kl/ref/mean"
 FINAL_LENGTH, FINAL_EOS = "eval/heldout/response_length/mean", "eval/heldout/eos_frac"
 
 Status = Literal["finished", "unfinished", "failed", "not run"]
@@ -28,6 +28,8 @@ class PlannedRun:
     arm: str
     seed: int
     config: PPOConfig
+    schedules: tuple[Schedule, ...] = ()
+    """Screening only."""
 
     @property
     def folder(self) -> Path:
@@ -73,16 +75,18 @@ def is_finished(run: PlannedRun) -> bool:
     return any(int(event.get("step", 0)) >= run.config.ppo.steps for event in ends)
 
 
-def read_record(run: PlannedRun, *, threshold: float, window: int, equal_kl: float) -> Record:
-    """Read a run's folder; a run that is not there has empty curves.
+def read_record(run: PlannedRun, *, threshold: float, window: int, equal_kl: float, judge: str | None = None) -> Record:
+    """Read a run's folder; a run that is not there has empty curves. ``judge`` is `CompareSection.judge`.
 
     Raises:
         ValueError: a damaged line inside its records.
     """
     rows = read_metrics(run.folder)
-    steps = [row for row in rows if math.isfinite(row.get(GOLD, math.nan))]
+    name = "gold" if judge is None else f"{judge}/score"
+    in_training, at_the_end = f"reward/{name}/mean", f"eval/heldout/{name}"
+    steps = [row for row in rows if math.isfinite(row.get(in_training, math.nan))]
     kl = tuple(row.get(KL, math.nan) for row in steps)
-    gold = tuple(row[GOLD] for row in steps)
+    gold = tuple(row[in_training] for row in steps)
     samples = tuple(int(row[STEP]) * run.config.responses_per_step for row in steps)
     status, reason = _status(run)
     last = rows[-1] if status == "finished" else {}
@@ -98,8 +102,8 @@ def read_record(run: PlannedRun, *, threshold: float, window: int, equal_kl: flo
             at=samples_to(threshold, samples, gold, window=window),
             of=samples[-1] if samples else 0,
         ),
-        final_gold=last.get(FINAL_GOLD, math.nan),
-        final_sem=last.get(FINAL_SEM, math.nan),
+        final_gold=last.get(f"{at_the_end}/mean", math.nan),
+        final_sem=last.get(f"{at_the_end}/sem", math.nan),
         final_kl=_mean(kl[-LAST_STEPS:]) if last else math.nan,
         final_length=last.get(FINAL_LENGTH, math.nan),
         final_eos=last.get(FINAL_EOS, math.nan),

@@ -4,7 +4,7 @@ Nothing is done twice: a finished run is only read, an interrupted one goes on f
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from r3hf_ray.comparison.bars import arm_results, judge_bars
 from r3hf_ray.comparison.models import ToyPaths, prepare_toy, toy_overrides
 from r3hf_ray.comparison.page import write_comparison
 from r3hf_ray.comparison.records import PlannedRun, Record, is_finished, read_record
+from r3hf_ray.comparison.schedules import parse_schedule
+from r3hf_ray.comparison.screen import screened
 from r3hf_ray.comparison.settings import CompareConfig
 from r3hf_ray.config import ConfigError, PPOConfig, load
-from r3hf_ray.driver import ray_session, run_ppo
-from r3hf_ray.models.load import absolute
+from r3hf_ray.driver import ray_session, run_ppo, with_absolute_models
 from r3hf_ray.tracking.metrics import JsonlLog, read_jsonl
 from r3hf_ray.tracking.run_folder import PPO_MAY_CHANGE, check_run
 
@@ -82,9 +83,9 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
             ppo = load(PPOConfig, config.compare.job, [*own, *shared, *config.compare.overrides, *arm.overrides])
         except ConfigError as error:
             raise ConfigError(f"arm {arm.name}: {error}") from None
-        sources = {name: absolute(source) for name, source in ppo.model.model_dump(exclude_none=True).items()}
-        ppo = ppo.model_copy(update={"model": ppo.model.model_copy(update=sources)})  # as a run's config.toml has it
-        runs.append(PlannedRun(arm=arm.name, seed=seed, config=ppo))
+        ppo = with_absolute_models(ppo)  # as a run's config.toml has it
+        schedules = tuple(map(parse_schedule, arm.schedules))
+        runs.append(PlannedRun(arm=arm.name, seed=seed, config=ppo, schedules=schedules))
     return runs
 
 
@@ -94,7 +95,13 @@ def read_records(config: CompareConfig, plan: Sequence[PlannedRun]) -> list[Reco
     settings = config.compare
     records = []
     for run in plan:
-        record = read_record(run, threshold=settings.threshold, window=settings.window, equal_kl=settings.equal_kl)
+        record = read_record(
+            run,
+            threshold=settings.threshold,
+            window=settings.window,
+            equal_kl=settings.equal_kl,
+            judge=settings.judge,
+        )
         event = last.get((run.arm, run.seed), {})
         if record.status in ("not run", "unfinished") and event.get("event") == "failed":
             record = replace(record, status="failed", reason=str(event["reason"]))
@@ -122,18 +129,31 @@ def _run_missing(
     if not waiting:
         return failed
     root = root_of(config)
-    with ray_session(config.run.cpus), JsonlLog(root / EVENTS) as events:
-        if config.toy:
-            prepare_toy(config.toy, ToyPaths(root), console)
-        for number, run in enumerate(waiting, start=1):
-            console.rule(f"[bold]{run.folder.name}[/bold]  run {number} of {len(waiting)}", align="left")
-            outcome = _run_one(run, console)
+    with JsonlLog(root / EVENTS) as events:
+        for run, outcome in _outcomes(config, waiting, console):
             events.write({"arm": run.arm, "seed": run.seed, **outcome})
             if outcome["event"] == "failed":
                 failed.append(run)
                 console.print(f"failed: {outcome['reason']}; going on with the next", markup=False)
             report(config, plan, Console(quiet=True))
     return failed
+
+
+def _outcomes(
+    config: CompareConfig, waiting: Sequence[PlannedRun], console: Console
+) -> Iterator[tuple[PlannedRun, dict[str, Any]]]:
+    """Each run with what became of it, after the models they share."""
+    with ray_session(config.run.cpus):
+        if config.toy:
+            prepare_toy(config.toy, ToyPaths(root_of(config)), console)
+        if not config.compare.in_process:
+            for number, run in enumerate(waiting, start=1):
+                console.rule(f"[bold]{run.folder.name}[/bold]  run {number} of {len(waiting)}", align="left")
+                yield run, _run_one(run, console)
+            return
+    for number, (run, outcome) in enumerate(screened(waiting, processes=config.compare.in_process), start=1):
+        console.print(f"{run.folder.name}: {outcome['seconds']} s, {number} of {len(waiting)}", markup=False)
+        yield run, outcome
 
 
 def _run_one(run: PlannedRun, console: Console) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from r3hf_ray.config import Command, NonNegative, Positive, PositiveFloat, RunName, RunSection, Section
+from r3hf_ray.comparison.schedules import parse_schedule
+from r3hf_ray.config import Command
+from r3hf_ray.sections import NonNegative, Positive, PositiveFloat, RunName, RunSection, Section
 
 
 class CompareSection(Section):
@@ -21,8 +23,13 @@ class CompareSection(Section):
     """The arm that samples are counted against, seed by seed."""
     threshold: float
     """Gold reward of the training batches that is to be reached."""
+    judge: str | None = None
+    """Name of one of the job's `[[model.rewards]]`, with weight 0, whose score takes the place of gold reward."""
     window: Positive = 5
     """Steps of the mean that must reach it. [steps]"""
+    in_process: NonNegative = 0
+    """0: runs go through Ray, vLLM and Ray Train, one after another. N: screening, N runs at a time, each in a single
+    process with one learner rank, where no failure is survived. [processes]"""
     equal_kl: PositiveFloat = 6.5
     """Gold reward is also told for the steps whose KL is within 20% of this. [nats a response]"""
 
@@ -57,6 +64,8 @@ class Arm(Section):
     """Its runs are called `<name>-s<seed>`."""
     overrides: tuple[str, ...] = ()
     """Fields of the job in which it differs: `["--reward.mode", "terminal"]`."""
+    schedules: tuple[str, ...] = ()
+    """Screening only: fields that move evenly over the run, `["reward.beta_c=1:0"]`."""
     seeds: tuple[NonNegative, ...] = ()
     """Its own seeds; those of the comparison when left out."""
     group: str = "arms"
@@ -95,6 +104,15 @@ class CompareConfig(Command):
     def seeds_of(self, arm: Arm) -> tuple[int, ...]:
         """The arm's own seeds, or those of the comparison."""
         return arm.seeds or self.compare.seeds
+
+    @model_validator(mode="after")
+    def _schedules_are_screened(self) -> "CompareConfig":
+        for arm in self.arms:
+            if arm.schedules and not self.compare.in_process:
+                raise ValueError(f"arm {arm.name}: schedules need compare.in_process; the system has none")
+            for text in arm.schedules:
+                parse_schedule(text)
+        return self
 
     @model_validator(mode="after")
     def _names_are_known(self) -> "CompareConfig":

@@ -44,6 +44,9 @@ def run_table(results: Sequence[ArmResult]) -> Table:
     )
 
 
+SCREENED = ", screened: each run in one process, with the system's engine, scorer and learner but without Ray"
+
+
 def markdown(config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[Bar], *, written: str) -> str:
     """The tables and expectations as a Markdown page."""
     tables = [arm_table(config, results), run_table(results)]
@@ -56,7 +59,7 @@ def markdown(config: CompareConfig, results: Sequence[ArmResult], bars: Sequence
             else []
         ),
         *(part for table in tables for part in (f"## {table.title}", _markdown_table(table), table.note) if part),
-        f"Written {written} from `{config.compare.job}`.",
+        f"Written {written} from `{config.compare.job}`{SCREENED if config.compare.in_process else ''}.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -4,12 +4,12 @@ A prompt is the dialogue under the tokenizer's chat template with its generation
 from it, as a sampler would go on. What comes between the two and after the answer is read off the template.
 A tokenizer without a template gets ``\n\nHuman: ...\n\nAssistant:``, then a space, the answer and EOS.
 
-The format a reward model was trained on lies beside it (`FORMAT_FILE`) and is compared before PPO starts.
+The format a reward model was trained on lies beside it (`FORMAT_FILE`); PPO lets it read that (`reward_prompts`).
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -103,25 +103,18 @@ def save_format(form: ChatFormat, folder: Path) -> None:
     (folder / FORMAT_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def compare_format(reward_model: str, policy_tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the policy's prompts and answers look as the reward model's did in training.
+def trained_format(reward_model: str, reward_tokenizer: PreTrainedTokenizerBase) -> ChatFormat | None:
+    """The format that a reward model was trained on: what its `FORMAT_FILE` says, else its tokenizer's template.
 
-    A reward model without the file (not trained here) is taken as it is.
+    None: neither is there, so nothing is known of it.
 
     Raises:
-        DataError: the formats differ; the sentence names the first difference.
+        DataError: the file or the template cannot be used.
     """
     trained = _read_format(reward_model)
-    form = chat_format(policy_tokenizer)
-    if trained is None:
-        return
-    policy = asdict(form)
-    for name in ("chat_template", "before", "end"):
-        if trained.get(name) != policy[name]:
-            raise DataError(
-                f"model.reward_model: {reward_model} was trained on another prompt format than the policy's ({name} "
-                f"differs, see its {FORMAT_FILE}); give both the same tokenizer or train it again with r3hf reward"
-            )
+    if trained is not None:
+        return trained
+    return chat_format(reward_tokenizer) if reward_tokenizer.chat_template is not None else None
 
 
 def pooling_suffix(reward_model: str, reward_tokenizer: PreTrainedTokenizerBase, setting: str) -> list[int]:
@@ -135,11 +128,11 @@ def pooling_suffix(reward_model: str, reward_tokenizer: PreTrainedTokenizerBase,
     if setting != "auto":
         return reward_tokenizer.encode(setting, add_special_tokens=False)
     trained = _read_format(reward_model)
-    text = str(trained["suffix"]) if trained is not None else chat_format(reward_tokenizer).suffix
+    text = (trained or chat_format(reward_tokenizer)).suffix
     return reward_tokenizer.encode(text, add_special_tokens=False) if text else []
 
 
-def _read_format(reward_model: str) -> dict[str, object] | None:
+def _read_format(reward_model: str) -> ChatFormat | None:
     path = Path(reward_model) / FORMAT_FILE
     if not path.is_file():
         return None
@@ -147,9 +140,10 @@ def _read_format(reward_model: str) -> dict[str, object] | None:
         record = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(record, dict) or record.get("version") != 1 or "suffix" not in record:
+    names = [field.name for field in fields(ChatFormat)]
+    if not isinstance(record, dict) or record.get("version") != 1 or not record.keys() >= set(names):
         raise DataError(f"{path}: is not a version 1 format file; train the reward model again with r3hf reward")
-    return record
+    return ChatFormat(**{name: record[name] for name in names})
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation_prompt: bool) -> str:

@@ -11,10 +11,10 @@ from typing import Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from r3hf_ray.config import DataSection
 from r3hf_ray.data.chat import ChatFormat, answer_ids, chat_format, prompt_ids, render_prompt
-from r3hf_ray.data.records import Record, Unusable, detect, parse
+from r3hf_ray.data.records import Message, Record, Unusable, detect, parse
 from r3hf_ray.data.sources import DataError, Source, open_source
+from r3hf_ray.sections import DataSection
 from r3hf_ray.training.ranking import RankedGroup
 from r3hf_ray.training.reward_model import Pair
 from r3hf_ray.training.sft import Example
@@ -27,7 +27,8 @@ _LISTED = 20
 class PromptRow:
     """A prompt of the data.
 
-    Example: ``PromptRow(row=3, token_ids=[1, 5, 9, 3], text="<bos> baking no-jokes politely :")``
+    Example: ``PromptRow(row=3, token_ids=[1, 5, 9, 3], text="<bos> baking no-jokes politely :",
+    messages=[{"role": "user", "content": "baking no-jokes politely :"}])``
     """
 
     row: int
@@ -36,6 +37,8 @@ class PromptRow:
     """The rendered prompt, chat template applied."""
     text: str
     """The same, as text."""
+    messages: list[Message]
+    """The dialogue it was rendered from, for a reward model with a template of its own."""
 
 
 @dataclass(slots=True)
@@ -82,7 +85,7 @@ def load_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Loade
 
     def prompt(number: int, record: Record) -> PromptRow:
         text, ids = _prompt(record, data, tokenizer)
-        return PromptRow(number, ids, text)
+        return PromptRow(number, ids, text, record.prompt)
 
     return _load(data, prompt)
 
@@ -139,7 +142,8 @@ def load_groups(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_to
         if not record.pairs:
             raise Unusable("no preference stated")
         prompt, answers = _sequences(record, record.answers, data, tokenizer, form, max_tokens)
-        return RankedGroup(sequences=[prompt + answer for answer in answers], pairs=record.pairs)
+        sequences = [prompt + answer for answer in answers]
+        return RankedGroup(prompt_tokens=len(prompt), sequences=sequences, pairs=record.pairs)
 
     loaded = _load(data, group)
     _require_end(form, [list(s) for g in loaded.train for s in g.sequences], tokenizer, data)

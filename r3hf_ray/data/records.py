@@ -7,6 +7,7 @@ A record is a dialogue up to the answer, the answers to it, and which answer was
 | ``prompt`` | the ``completion``, where there is one | none |
 | ``messages`` | the last assistant turn | none |
 | ``preference``, ``hh``, ``safe_rlhf``, ``tldr_pairs`` | chosen, rejected | (0, 1) |
+| ``safe_rlhf_cost``, never detected | the less safe one, the safer one | (0, 1) |
 | ``ranked``, ``nectar`` | all | every stated preference |
 """
 
@@ -117,6 +118,13 @@ def _hh(row: Mapping[str, Any]) -> Record:
 def _safe_rlhf(row: Mapping[str, Any]) -> Record:
     label = row["better_response_id"] if "better_response_id" in row else row["safer_response_id"]
     return _of_two(row["prompt"], [_text(row["response_0"]), _text(row["response_1"])], label)
+
+
+def _safe_rlhf_cost(row: Mapping[str, Any]) -> Record:
+    """The less safe answer is the preferred one: a reward model trained on it scores harm, higher being worse."""
+    safer = row["safer_response_id"]
+    less_safe = 1 - safer if safer in (0, 1) else None
+    return _of_two(row["prompt"], [_text(row["response_0"]), _text(row["response_1"])], less_safe)
 
 
 def _tldr_pairs(row: Mapping[str, Any]) -> Record:
@@ -232,6 +240,7 @@ PARSERS: dict[str, Callable[[Mapping[str, Any]], Record]] = {
     "preference": _preference,
     "hh": _hh,
     "safe_rlhf": _safe_rlhf,
+    "safe_rlhf_cost": _safe_rlhf_cost,
     "tldr_pairs": _tldr_pairs,
     "nectar": _nectar,
     "ranked": _ranked,

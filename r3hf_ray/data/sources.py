@@ -10,7 +10,8 @@ from typing import Any
 import datasets
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from r3hf_ray.config import ConfigError, DataSection
+from r3hf_ray.config import ConfigError
+from r3hf_ray.sections import DataSection
 
 LOCAL_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv")
 

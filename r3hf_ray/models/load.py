@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from r3hf_ray.config import ConfigError
+from r3hf_ray.models.running_sum import RunningSumConfig, RunningSumForSequenceClassification
 
 CAUSALITY_TOKENS = 16
 """Length of the random sequence that `require_causal` reads. [tokens]"""
@@ -92,14 +94,37 @@ def load_reward_model(source: str | Path, dtype: torch.dtype, *, attention: str 
             linear ``score`` head.
     """
     check_folder(source, "reward model")
-    try:
-        labels = AutoConfig.from_pretrained(source).num_labels
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: cannot be loaded as reward model: {_first_line(error)}") from error
+    labels = _config(source, "reward model").num_labels
     if labels != 1:
         raise ModelError(f"{source}: a reward model has one label, this has {labels}; train one with `r3hf reward`")
     model = _load(AutoModelForSequenceClassification, source, dtype, "reward model", attention)
     score_head(model).float()
+    return model
+
+
+def untrained_reward_model(source: str | Path, *, head: str) -> PreTrainedModel:
+    """A base model's trunk under a fresh score head, in float32 on the CPU, to be trained as a reward model.
+
+    Args:
+        source: any base; a reward model with this very kind of head keeps its own.
+        head: "last_token" (random, read at the last token) or "running_sum" (zero, summed over all tokens).
+
+    Raises:
+        ModelError: it cannot be loaded, or it is a running-sum reward model and the other kind is asked for.
+    """
+    check_folder(source, "base model")
+    sums = isinstance(_config(source, "base model"), RunningSumConfig)
+    if sums and head != "running_sum":
+        wanted = 'set reward_training.head = "running_sum", or name another base'
+        raise ModelError(f"{source}: a reward model whose head is a running sum; {wanted}")
+    if sums or head == "last_token":
+        return AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype=torch.float32)
+    trunk = AutoModel.from_pretrained(source, dtype=torch.float32)
+    config = RunningSumConfig(text_config=trunk.config, attn_implementation=trunk.config._attn_implementation)
+    with torch.device("meta"):
+        model = RunningSumForSequenceClassification(config)
+    model.model = trunk
+    nn.init.zeros_(model.token_score.to_empty(device="cpu").weight)
     return model
 
 
@@ -109,7 +134,8 @@ def score_head(model: PreTrainedModel) -> nn.Linear:
     Raises:
         ModelError: it has no linear ``score`` (encoders call theirs ``classifier``).
     """
-    head = dict(model.named_children()).get("score")
+    name = "token_score" if isinstance(model, RunningSumForSequenceClassification) else "score"
+    head = dict(model.named_children()).get(name)
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{model.name_or_path}: no linear `score` head; use a decoder-only sequence classifier")
     return head
@@ -121,9 +147,10 @@ def require_score_head(source: str | Path) -> None:
     Raises:
         ModelError: as `score_head`, or there is no sequence classifier of this kind.
     """
+    config = _config(source, "reward model")
     try:
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(source))
+            model = AutoModelForSequenceClassification.from_config(config)
     except (OSError, ValueError) as error:
         raise ModelError(f"{source}: cannot be loaded as reward model: {_first_line(error)}") from error
     score_head(model)
@@ -143,7 +170,7 @@ def eos_ids(
     Raises:
         ModelError: there is none, so no response could ever finish.
     """
-    named = [tokenizer.eos_token_id, config.eos_token_id]
+    named = [tokenizer.eos_token_id, config.get_text_config().eos_token_id]
     named += [generation_config.eos_token_id] if generation_config is not None else []
     ids: dict[int, None] = {}
     for value in named:
@@ -169,7 +196,7 @@ def ensure_distinct_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMod
             tokenizer.pad_token = spare
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if generation is not None:
         generation.pad_token_id = tokenizer.pad_token_id
 
@@ -187,6 +214,12 @@ def check_same_vocabulary(policy_tokenizer: PreTrainedTokenizerBase, reward_toke
             f"{reward_tokenizer.name_or_path}: its vocabulary differs from the policy's in {different} tokens; "
             "use a reward model trained from the same base"
         )
+
+
+def knows_ids(tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the two vocabularies are one, but for tokens added to this one (a pad token)."""
+    ours, theirs = policy_tokenizer.get_vocab().items(), tokenizer.get_vocab().items()
+    return ours <= theirs and theirs - ours <= tokenizer.get_added_vocab().items()
 
 
 @torch.no_grad()
@@ -209,6 +242,13 @@ def require_causal(model: PreTrainedModel, vocab_size: int) -> None:
             f"{model.name_or_path}: it looks ahead (earlier scores move with the last token) and has no prefix scores; "
             'use a decoder-only reward model or reward.mode = "terminal"'
         )
+
+
+def _config(source: str | Path, kind: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source}: cannot be loaded as {kind}: {_first_line(error)}") from error
 
 
 def _load(

@@ -10,11 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.algorithms.redistribution import METHODS, Method, PrefixScores, RedistributionInputs, abc, segment
-from r3hf_ray.algorithms.spans import entropy_ends, ngram_ends, sentence_ends
+from r3hf_ray.algorithms.spans import ends_sentence, entropy_ends, ngram_ends, sentence_ends
 from r3hf_ray.models.load import ModelError, load_tokenizer
 from r3hf_ray.models.user_functions import user_function
-
-SENTENCE_ENDS = (".", "!", "?", "\n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +26,8 @@ class Evidence:
     ref_logprobs: Float[Tensor, "B T"]
     ref_entropy: Float[Tensor, "B T"] | None
     """Measured for `segment` by entropy only. [nats]"""
-    attention: Float[Tensor, "B T"] | None
-    """Measured for `abc` only."""
+    attention: Float[Tensor, "B T"] | None = None
+    """Measured for `abc` only, by each reward model."""
 
 
 MethodOf = Callable[[Evidence], Method]
@@ -84,7 +82,7 @@ def sentence_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     special = set(tokenizer.all_special_ids)
     ids = [index for index in sorted(tokenizer.get_vocab().values()) if index not in special]
     texts = tokenizer.batch_decode([[index] for index in ids])
-    ends = [index for index, text in zip(ids, texts, strict=True) if text.rstrip(" ").endswith(SENTENCE_ENDS)]
+    ends = [index for index, text in zip(ids, texts, strict=True) if ends_sentence(text)]
     if not ends:
         raise ModelError(
             f"{tokenizer.name_or_path}: no token ends a sentence; set reward.segment_by to ngram or entropy"
@@ -94,7 +92,10 @@ def sentence_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _abc(evidence: Evidence) -> Method:
     if evidence.attention is None:
-        raise ModelError("reward.mode = abc: the attention of the reward model was not measured")
+        raise ModelError(
+            "reward.mode = abc: the attention of the reward model was not measured; one that reads other tokens than "
+            "the policy's has none to give"
+        )
     return partial(abc, attention=evidence.attention)
 
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from r3hf_ray.algorithms.redistribution import PrefixScores
 from r3hf_ray.models.load import ModelError, hidden_states, score_head
+from r3hf_ray.models.running_sum import RunningSumForSequenceClassification, running_sum
 
 
 @torch.no_grad()
@@ -22,6 +23,7 @@ def prefix_scores(
 ) -> PrefixScores:
     """``R(x, y_<=t)`` for all t, ``R(x, empty)`` and ``R(x, y)`` (arXiv 2411.08302, section 4; causal models only).
 
+    The score of a prefix is the head at its last token, or the sum of the head over its tokens (`scores_so_far`).
     The pooling position is a row's last token (the suffix included), counted from ``attention_mask`` and never searched
     for by pad id: with ``pad == eos`` transformers would pool one token early.
 
@@ -67,6 +69,40 @@ def prefix_scores_and_attention(
     return scores, row[:, : token_ids.shape[1]].masked_fill(~response_mask, 0.0)
 
 
+def scores_so_far(
+    model: PreTrainedModel, token_scores: Float[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """The score of a row's tokens up to each of them, from what the reward model's head says at each; differentiable.
+
+    It is what the head says at the last one, or, in a model that was trained so, the sum of all (`running_sum`).
+    """
+    if isinstance(model, RunningSumForSequenceClassification):
+        return running_sum(token_scores, attention_mask)
+    return token_scores
+
+
+def at_prefixes(
+    scores: Float[Tensor, "B S"],
+    attention_mask: Bool[Tensor, "B T"],
+    response_mask: Bool[Tensor, "B T"],
+    ends: Int64[Tensor, "B"],
+) -> PrefixScores:
+    """Of the scores up to each token of a row, those of its prompt, of its response's prefixes, and of all of it.
+
+    Args:
+        scores: up to each of the ``S >= T`` tokens of a row with its suffix.
+        attention_mask: True on prompt and response.
+        response_mask: True on sampled tokens.
+        ends: length of each row with its suffix.
+    """
+    is_prompt = attention_mask & (response_mask.cumsum(1) == 0)
+    return PrefixScores(
+        prefix=scores[:, : response_mask.shape[1]].masked_fill(~response_mask, 0.0),
+        prompt=_score_of_last(scores, is_prompt.sum(1)),
+        pooled=_score_of_last(scores, ends),
+    )
+
+
 def _scores(
     model: PreTrainedModel,
     hidden: Float[Tensor, "B S H"],
@@ -74,14 +110,11 @@ def _scores(
     response_mask: Bool[Tensor, "B T"],
     ends: Int64[Tensor, "B"],
 ) -> PrefixScores:
+    """``ends`` is the length of each row with its suffix."""
     head = score_head(model)
-    scores = head(hidden.to(head.weight.dtype))[..., 0]
-    is_prompt = attention_mask & (response_mask.cumsum(1) == 0)
-    return PrefixScores(
-        prefix=scores[:, : response_mask.shape[1]].masked_fill(~response_mask, 0.0),
-        prompt=_score_of_last(scores, is_prompt.sum(1)),
-        pooled=_score_of_last(scores, ends),
-    )
+    is_token = torch.arange(hidden.shape[1], device=ends.device) < ends[:, None]
+    scores = scores_so_far(model, head(hidden.to(head.weight.dtype))[..., 0], is_token)
+    return at_prefixes(scores, attention_mask, response_mask, ends)
 
 
 def _with_suffix(

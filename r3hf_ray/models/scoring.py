@@ -1,8 +1,8 @@
-"""Score sampled ids with the frozen reward model and the frozen reference, in one process: no Ray, no re-tokenising."""
+"""Score sampled ids with frozen reward models and the frozen reference, in one process: no Ray."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -10,16 +10,32 @@ from torch import Tensor
 
 from r3hf_ray.algorithms.batching import microbatches, pad_rows
 from r3hf_ray.algorithms.redistribution import PrefixScores, redistribute, settle_eos_jump
-from r3hf_ray.config import WITHOUT_PREFIXES, ConfigError
-from r3hf_ray.models.load import load_policy, load_reward_model, load_tokenizer, require_causal
+from r3hf_ray.config import ConfigError
+from r3hf_ray.models.load import load_policy, load_tokenizer
 from r3hf_ray.models.logprobs import token_logprobs, token_logprobs_and_entropy
 from r3hf_ray.models.method_inputs import Evidence, method_of
-from r3hf_ray.models.prefix_scores import prefix_scores, prefix_scores_and_attention
+from r3hf_ray.models.readers import Aligned, MakeReader, Reader, ReaderSettings, Reading, SameIds, Sampled
+from r3hf_ray.models.translation import Translation, Translator
 from r3hf_ray.models.user_functions import user_function
-from r3hf_ray.types import Failure, Finish, ScoredTrajectory, ScoreInfo, Trajectory
+from r3hf_ray.types import COST, MAIN, ComponentScores, Failure, Finish, ScoredTrajectory, ScoreInfo, Trajectory
 
 Gold = Callable[[str, str], float]
 """An independent judge: (prompt text, response text), special tokens kept -> score."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardModel:
+    """One reward model, and what it reads besides the sampled ids.
+
+    Example: ``RewardModel(source="runs/rm/model", suffix_ids=(198,))``
+    """
+
+    source: str
+    """Folder or hub name."""
+    suffix_ids: tuple[int, ...] = ()
+    """Read behind EOS, before pooling."""
+    translation: Translation | None = None
+    """Where it reads other ids than the policy's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +44,7 @@ class ScoringSettings:
 
     reward_model: str
     reference: str
+    """Its tokenizer, the policy's, spells responses."""
     temperature: float
     mode: str = "r3hf"
     beta_c: float = 1.0
@@ -38,20 +55,30 @@ class ScoringSettings:
     segment_ngram: int = 5
     segment_entropy: float = 1.75
     suffix_ids: tuple[int, ...] = ()
+    """Of `reward_model`, as the next one."""
+    translation: Translation | None = None
+    further: Mapping[str, RewardModel] = field(default_factory=dict)
+    """Reward models besides `reward_model`, by name; each is redistributed in the same way."""
     dtype: str = "float32"
     microbatch_tokens: int = 8192
     gold: str | None = None
     device: str = "cpu"
 
+    @property
+    def models(self) -> dict[str, RewardModel]:
+        """Every reward model by name, the main one first."""
+        main = RewardModel(source=self.reward_model, suffix_ids=self.suffix_ids, translation=self.translation)
+        return {MAIN: main, **self.further}
+
 
 class Scorer:
-    """A reward model and a reference; `score` gives token rewards and reference logprobs for the same ids."""
+    """Reward models and a reference; `score` gives token rewards and reference logprobs for the same samples."""
 
-    def __init__(self, settings: ScoringSettings) -> None:
+    def __init__(self, settings: ScoringSettings, *, make_reader: MakeReader = SameIds) -> None:
+        """Load the models; ``make_reader`` decides what runs the reward models."""
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
         self._settings = settings
-        attention = "eager" if settings.mode == "abc" else "sdpa"
-        self._reward_model = load_reward_model(settings.reward_model, dtype, attention=attention).to(settings.device)
+        self._readers = {name: _reader(model, settings, dtype, make_reader) for name, model in settings.models.items()}
         self._reference = load_policy(settings.reference, dtype).to(settings.device)
         self._method_of = method_of(
             settings.mode,
@@ -61,8 +88,6 @@ class Scorer:
             tokenizer=settings.reference,
         )
         self._needs_entropy = settings.mode == "segment" and settings.segment_by == "entropy"
-        if settings.mode not in WITHOUT_PREFIXES:
-            require_causal(self._reward_model, self._reference.get_input_embeddings().num_embeddings)
         self._gold = load_gold(settings.gold) if settings.gold else None
         self._tokenizer = load_tokenizer(settings.reference) if settings.gold else None
 
@@ -83,6 +108,7 @@ class Scorer:
             score=scored.score,
             prompt_score=scored.prompt_score,
             gold=self._gold_score(trajectory) if self._gold else None,
+            components={name: part.score for name, part in scored.components.items()},
         )
 
     def _gold_score(self, trajectory: Trajectory) -> float:
@@ -92,41 +118,50 @@ class Scorer:
         return float(self._gold(self._tokenizer.decode(prompt.tolist()), self._tokenizer.decode(response.tolist())))
 
     def _score(self, trajectories: Sequence[Trajectory]) -> Iterator[ScoredTrajectory | Failure]:
-        """One microbatch: one forward of the reward model, one of the reference."""
-        settings = self._settings
-        ids, attention_mask, response_mask, finished = (x.to(settings.device) for x in _pad(trajectories))
-        arrays = (ids, attention_mask, response_mask)
-        scores, attention = self._read(arrays, finished)
-        ref, entropy = self._refer(arrays)
+        """One microbatch: one forward of each reward model, one of the reference."""
+        device = torch.device(self._settings.device)
+        batch = Sampled.of(
+            [t.token_ids for t in trajectories],
+            [t.prompt_len for t in trajectories],
+            [t.finish is Finish.EOS for t in trajectories],
+            device=device,
+        )
+        readings = {name: reader.read(batch) for name, reader in self._readers.items()}
+        ref, entropy = self._refer(batch)
         evidence = Evidence(
-            token_ids=ids,
-            response_mask=response_mask,
-            finished=finished,
-            behavior_logprobs=pad_rows([t.behavior_logprobs for t in trajectories], fill=0.0).to(settings.device),
+            token_ids=batch.token_ids,
+            response_mask=batch.response_mask,
+            finished=batch.finished,
+            behavior_logprobs=pad_rows([t.behavior_logprobs for t in trajectories], fill=0.0).to(device),
             ref_logprobs=ref,
             ref_entropy=entropy,
-            attention=attention,
         )
-        rewards = redistribute(
-            settle_eos_jump(scores, response_mask, finished, rule=settings.eos_jump),
-            response_mask,
+        rewards = {name: self._redistribute(reading, evidence).cpu() for name, reading in readings.items()}
+        scores, ref = {name: _on_cpu(reading.scores) for name, reading in readings.items()}, ref.cpu()
+        losses = torch.stack([reading.alignment_loss for reading in readings.values()]).amax(0).tolist()
+        for row, trajectory in enumerate(trajectories):
+            length = len(trajectory.token_ids)
+            parts = {name: _component(rewards[name][row, :length], scores[name], row) for name in readings}
+            logprobs = ref[row, :length].numpy().copy()
+            reason = _refusal(readings, row) or _not_finite(parts, logprobs)
+            if reason:
+                yield Failure(prompt_id=trajectory.prompt_id, sample=trajectory.sample, stage="score", reason=reason)
+            else:
+                yield _scored(trajectory, parts, logprobs, losses[row])
+
+    def _redistribute(self, reading: Reading, evidence: Evidence) -> Tensor:
+        settings = self._settings
+        return redistribute(
+            settle_eos_jump(reading.scores, evidence.response_mask, evidence.finished, rule=settings.eos_jump),
+            evidence.response_mask,
             mode=settings.mode,
             beta_c=settings.beta_c,
             subtract_prompt_score=settings.subtract_prompt_score,
-            method=self._method_of(evidence),
+            method=self._method_of(replace(evidence, attention=reading.attention)),
         )
-        scores_cpu = PrefixScores(prefix=scores.prefix.cpu(), prompt=scores.prompt.cpu(), pooled=scores.pooled.cpu())
-        rewards, ref = rewards.cpu(), ref.cpu()
-        for row, trajectory in enumerate(trajectories):
-            yield _scored(trajectory, row, rewards, ref, scores_cpu)
 
-    def _read(self, arrays: tuple[Tensor, Tensor, Tensor], finished: Tensor) -> tuple[PrefixScores, Tensor | None]:
-        suffix_ids = list(self._settings.suffix_ids)
-        if self._settings.mode == "abc":
-            return prefix_scores_and_attention(self._reward_model, *arrays, suffix_ids=suffix_ids, finished=finished)
-        return prefix_scores(self._reward_model, *arrays, suffix_ids=suffix_ids, finished=finished), None
-
-    def _refer(self, arrays: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _refer(self, batch: Sampled) -> tuple[Tensor, Tensor | None]:
+        arrays = (batch.token_ids, batch.attention_mask, batch.response_mask)
         temperature = self._settings.temperature
         if self._needs_entropy:
             return token_logprobs_and_entropy(self._reference, *arrays, temperature=temperature)
@@ -142,33 +177,72 @@ def load_gold(name: str) -> Gold:
     return user_function(name, field="reward.gold")
 
 
-def _pad(trajectories: Sequence[Trajectory]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lengths = torch.tensor([len(t.token_ids) for t in trajectories])
-    prompts = torch.tensor([t.prompt_len for t in trajectories])
-    ids = pad_rows([t.token_ids for t in trajectories], fill=0).long()
-    position = torch.arange(ids.shape[1])
-    attention_mask = position < lengths[:, None]
-    response_mask = attention_mask & (position >= prompts[:, None])
-    return ids, attention_mask, response_mask, torch.tensor([t.finish is Finish.EOS for t in trajectories])
+def _reader(model: RewardModel, settings: ScoringSettings, dtype: torch.dtype, make_reader: MakeReader) -> Reader:
+    """A reader of what `model` reads; where that is a translation, the end of an answer comes from it too."""
+    translation = model.translation
+    reader = make_reader(
+        ReaderSettings(
+            source=model.source,
+            suffix_ids=(*(translation.end_ids if translation else ()), *model.suffix_ids),
+            mode=settings.mode,
+            dtype=dtype,
+            device=settings.device,
+        )
+    )
+    if translation is None:
+        return reader
+    return Aligned(reader, Translator(translation, load_tokenizer(settings.reference), load_tokenizer(model.source)))
+
+
+def _on_cpu(scores: PrefixScores) -> PrefixScores:
+    return PrefixScores(prefix=scores.prefix.cpu(), prompt=scores.prompt.cpu(), pooled=scores.pooled.cpu())
+
+
+def _component(rewards: Tensor, scores: PrefixScores, row: int) -> ComponentScores:
+    score, prefix = float(scores.pooled[row]), scores.prefix[row, : len(rewards)].clone()
+    prefix[-1] = score
+    return ComponentScores(
+        token_rewards=rewards.numpy().copy(),
+        prefix_scores=prefix.numpy(),
+        score=score,
+        prompt_score=float(scores.prompt[row]),
+    )
+
+
+def _refusal(readings: Mapping[str, Reading], row: int) -> str:
+    reasons = [
+        f"{field_of(name)}: {reading.refused[row]}" for name, reading in readings.items() if row in reading.refused
+    ]
+    return "; ".join(reasons)
+
+
+def _not_finite(parts: Mapping[str, ComponentScores], ref_logprobs: np.ndarray) -> str:
+    """Which number is not finite, as a sentence; empty where all are."""
+    what = [
+        f"{field_of(name)} gives a score (R(x, y) {part.score:g})"
+        for name, part in parts.items()
+        if not (math.isfinite(part.score) and np.isfinite(part.token_rewards).all())
+    ]
+    what += [] if np.isfinite(ref_logprobs).all() else ["the reference gives a logprob"]
+    return f"{what[0]} that is not finite: check its weights, or load it in another dtype" if what else ""
+
+
+def field_of(name: str) -> str:
+    """What a reward model is called in the configuration."""
+    return {MAIN: "model.reward_model", COST: "model.cost"}.get(name, f"model.rewards {name}")
 
 
 def _scored(
-    trajectory: Trajectory, row: int, rewards: Tensor, ref: Tensor, scores: PrefixScores
-) -> ScoredTrajectory | Failure:
-    length = len(trajectory.token_ids)
-    score, prompt_score = float(scores.pooled[row]), float(scores.prompt[row])
-    prefix = scores.prefix[row, :length].clone()
-    prefix[-1] = score
-    rewarded = math.isfinite(score) and bool(torch.isfinite(rewards[row]).all())
-    if not rewarded or not bool(torch.isfinite(ref[row]).all()):
-        what = "the reference gives a logprob" if rewarded else f"model.reward_model gives a score (R(x, y) {score:g})"
-        reason = f"{what} that is not finite: check its weights, or load it in another dtype"
-        return Failure(prompt_id=trajectory.prompt_id, sample=trajectory.sample, stage="score", reason=reason)
+    trajectory: Trajectory, parts: Mapping[str, ComponentScores], ref_logprobs: np.ndarray, loss: float
+) -> ScoredTrajectory:
+    main, components = parts[MAIN], {name: part for name, part in parts.items() if name != MAIN}
     return ScoredTrajectory(
         trajectory=trajectory,
-        token_rewards=rewards[row, :length].numpy().copy(),
-        prefix_scores=prefix.numpy(),
-        ref_logprobs=ref[row, :length].numpy().copy(),
-        score=score,
-        prompt_score=prompt_score,
+        token_rewards=main.token_rewards,
+        prefix_scores=main.prefix_scores,
+        ref_logprobs=ref_logprobs,
+        score=main.score,
+        prompt_score=main.prompt_score,
+        components=components,
+        alignment_loss=loss,
     )

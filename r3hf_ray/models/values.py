@@ -8,19 +8,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from r3hf_ray.models.load import hidden_states, load_policy, load_reward_model, score_head
+from r3hf_ray.models.running_sum import RunningSumForSequenceClassification, running_sum
 
 
 class Critic(nn.Module):
     """``value = (head(hidden) - mean) / scale``, the head in float32 whatever the trunk's data type.
 
-    ``mean`` and ``scale`` bring a head that was trained as a reward model's to the units of the scaled reward; they are
-    buffers, so that a checkpoint holds them.
+    ``mean`` and ``scale`` bring a head that was trained as a reward model's to the units of the scaled reward;
+    ``summed`` is 1 where that head adds up over the tokens so far, as in its reward model. All three are buffers, so
+    that a checkpoint holds them.
     """
 
     mean: Tensor
     scale: Tensor
+    summed: Tensor
 
-    def __init__(self, trunk: PreTrainedModel, *, mean: float = 0.0, scale: float = 1.0) -> None:
+    def __init__(self, trunk: PreTrainedModel, *, mean: float = 0.0, scale: float = 1.0, summed: bool = False) -> None:
         """A critic with a zero head, whose first values are ``-mean / scale``.
 
         Raises:
@@ -35,11 +38,14 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("scale", torch.tensor(scale))
+        self.register_buffer("summed", torch.tensor(int(summed)))  # sharded checkpoints know no bool
 
     def forward(self, token_ids: Int64[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """The value of the state *after* each token; `state_values` shifts it."""
-        hidden = hidden_states(self.trunk, token_ids, attention_mask)
-        return (self.head(hidden.float())[..., 0] - self.mean) / self.scale
+        scores = self.head(hidden_states(self.trunk, token_ids, attention_mask).float())[..., 0]
+        if self.summed:
+            scores = running_sum(scores, attention_mask)
+        return (scores - self.mean) / self.scale
 
 
 def state_values(
@@ -71,8 +77,8 @@ def critic_from_reward_model(
     Args:
         source: reward model folder or hub name.
         dtype: of the trunk.
-        keep_head: start from the score head, so that values are the normalised prefix scores ``(R - mean) / scale``.
-            Without it values start at 0, and ``mean`` and ``scale`` have no use.
+        keep_head: start from the score head, so that values are the normalised prefix scores ``(R - mean) / scale``;
+            a running-sum head goes on adding up. Without it values start at 0, and ``mean`` and ``scale`` have no use.
         mean: mean of the sequence reward under the initial policy.
         scale: its standard deviation, > 0.
 
@@ -83,7 +89,8 @@ def critic_from_reward_model(
     model = load_reward_model(source, dtype)
     if not keep_head:
         return Critic(model.base_model).eval()
-    critic, head = Critic(model.base_model, mean=mean, scale=scale), score_head(model)
+    summed, head = isinstance(model, RunningSumForSequenceClassification), score_head(model)
+    critic = Critic(model.base_model, mean=mean, scale=scale, summed=summed)
     with torch.no_grad():
         critic.head.weight.copy_(head.weight)
         if head.bias is not None:

@@ -20,6 +20,7 @@ Text without ``<eos>`` is a response that was cut at the token limit, so scorers
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -242,6 +243,17 @@ gold_reward_24 = partial(gold_reward, max_response_tokens=24)
 """`gold_reward` of the world with responses of 24 tokens."""
 gold_reward_96 = partial(gold_reward, max_response_tokens=96)
 """`gold_reward` of the world with responses of 96 tokens."""
+
+
+def token_credit(prompt: str, tokens: Sequence[str], *, max_response_tokens: int = 48) -> list[float]:
+    """`gold_credit` of a response given as tokens, of which each is one word: for ``reward.gold_credit``."""
+    return gold_credit(prompt, " ".join(tokens), max_response_tokens=max_response_tokens)
+
+
+token_credit_24 = partial(token_credit, max_response_tokens=24)
+"""`token_credit` of the world with responses of 24 tokens."""
+token_credit_96 = partial(token_credit, max_response_tokens=96)
+"""`token_credit` of the world with responses of 96 tokens."""
 
 
 def phrase_ids(response: str) -> list[int]:

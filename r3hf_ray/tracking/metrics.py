@@ -6,9 +6,10 @@ The JSON lines are the source of truth; wandb, the display and the report only s
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,6 +41,10 @@ METRICS: dict[str, Metric] = {
     "reward/score/max": Metric("score", "Highest score of the batch."),
     "reward/total/mean": Metric("scaled reward", "What PPO maximises: a response's scaled reward minus the KL price."),
     "reward/gold/mean": Metric("gold", "An independent judge's score of the training batch; never trained on."),
+    "cost/score/mean": Metric("cost", "Cost model's score of a response, more being worse: mean over the batch."),
+    "cost/score/std": Metric("cost", "Spread of the cost model's score over the batch."),
+    "cost/violation": Metric("cost", "Mean cost minus cost.limit; above 0 the limit is broken."),
+    "cost/multiplier": Metric("scaled reward", "Price of a standard deviation of cost in this step: lambda."),
     "r3hf/token_reward/mean": Metric("scaled reward", "Mean reward of one response token."),
     "r3hf/token_reward/std": Metric("scaled reward", "Spread of the reward over response tokens."),
     "r3hf/token_reward/absmax": Metric("scaled reward", "Largest absolute reward of one token."),
@@ -51,6 +56,7 @@ METRICS: dict[str, Metric] = {
     "r3hf/last_token_mass": Metric("share", "Part of all absolute reward on the last token; 1 is the sparse baseline."),
     "r3hf/eos_token_mass": Metric("share", "Part of all absolute reward on EOS."),
     "r3hf/eos_jump_mass": Metric("share", "The jump at EOS among all prefix differences, before reward.eos_jump."),
+    "r3hf/alignment_loss": Metric("share", "Response tokens that another tokenizer's reward model could not place."),
     "r3hf/position_corr": Metric("correlation", "Correlation of a token's reward with its position in the response."),
     "policy/loss": Metric("", "Clipped policy loss a token."),
     "policy/clipfrac": Metric("share", "Tokens whose probability ratio left the clip range."),
@@ -105,12 +111,34 @@ METRICS: dict[str, Metric] = {
     "time/sync": Metric("s", "Learner: gather, fingerprint and publish the new weights."),
     "perf/tokens_per_sec": Metric("tokens/s", "Response tokens trained on, a second of wall clock."),
     "eval/heldout/score/mean": Metric("score", "Reward model's score on held-out prompts."),
+    "eval/heldout/cost/score/mean": Metric("cost", "Cost model's score on held-out prompts."),
     "eval/heldout/gold/mean": Metric("gold", "Independent judge's score on held-out prompts."),
     "eval/heldout/gold/sem": Metric("gold", "Standard error of that mean."),
     "eval/heldout/response_length/mean": Metric("tokens", "Mean response length on held-out prompts."),
     "eval/heldout/eos_frac": Metric("share", "Held-out responses the policy ended itself."),
 }
 """Every metric of a PPO run, in the order of reading; the report and the docs are made from it."""
+_OF_A_MODEL: dict[str, Metric] = {
+    r"reward/(\w+)/score/mean": Metric("score", "Score of the reward model {}: mean over the batch."),
+    r"reward/(\w+)/score/std": Metric("score", "Spread of the score of the reward model {} over the batch."),
+    r"eval/heldout/(\w+)/score/mean": Metric("score", "Score of the reward model {} on held-out prompts."),
+    r"eval/heldout/(\w+)/score/sem": Metric("score", "Standard error of that mean of the reward model {}."),
+}
+"""Those of `model.rewards`, by a pattern of their names."""
+
+
+def describe(name: str) -> Metric:
+    """What a metric is, also one that is named after a reward model.
+
+    Example: ``describe("reward/brevity/score/mean").meaning == "Score of the reward model brevity: mean over the
+    batch."``
+    """
+    if name in METRICS:
+        return METRICS[name]
+    for pattern, metric in _OF_A_MODEL.items():
+        if found := re.fullmatch(pattern, name):
+            return replace(metric, meaning=metric.meaning.format(found[1]))
+    return Metric("", "Not in the catalogue of r3hf_ray.tracking.metrics.")
 
 
 class JsonlLog:

@@ -6,7 +6,6 @@ Everything that comes from models, data or events is untrusted text. The templat
 
 import base64
 import hashlib
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -17,8 +16,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from r3hf_ray.tracking.cards import KNOWN, MARKS, notes_of, number
+from r3hf_ray.tracking.credit import credit_cards, payment_of
 from r3hf_ray.tracking.figures import CREDIT, LEARNING, SYSTEM, UPDATE, Row, chart, drawable, series, sparkline
-from r3hf_ray.tracking.metrics import ATTEMPT, METRICS, STEP, TIME, Metric, read_jsonl, read_metrics
+from r3hf_ray.tracking.metrics import ATTEMPT, METRICS, STEP, TIME, describe, read_jsonl, read_metrics
 from r3hf_ray.tracking.provenance import redacted, versions
 from r3hf_ray.tracking.samples import read_samples, sample_steps
 from r3hf_ray.tracking.summary import INCIDENTS, duration, tiles, verdict
@@ -40,8 +41,11 @@ def write_report(run_folder: Path) -> Path:
     """
     rows = read_metrics(run_folder)
     events = read_jsonl(run_folder / "events.jsonl")
-    script, plotly = (TEMPLATES / "report.js").read_text(), get_plotlyjs()
+    config = _config(run_folder)
+    script, plotly = script_of(TEMPLATES / "report.js"), get_plotlyjs()
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    payment = payment_of(config, events)
+    cards = credit_cards(run_folder, payment)
     chapters = {chapter.id: (chapter, drawable(chapter, rows)) for chapter in (LEARNING, CREDIT, UPDATE, SYSTEM)}
     page = environment.get_template("report.html.jinja").render(
         name=run_folder.resolve().name,
@@ -51,25 +55,35 @@ def write_report(run_folder: Path) -> Path:
         tiles=tiles(rows, events),
         chapters=chapters,
         metrics=_metric_table(rows),
-        settings=_settings(run_folder),
+        settings=_settings(config),
         versions=_versions(events),
         events=_event_table(events),
         data={
             "charts": [chart(figure, rows) for _, figures in chapters.values() for figure in figures],
             "marks": [{"x": e["step"], "label": str(e["event"])} for e in events if _is_mark(e)],
             "dumps": _dumps(run_folder),
+            "cards": cards,
         },
+        payment=payment,
+        notes=notes_of(cards),
+        marks=MARKS if KNOWN in notes_of(cards) else {},
         style=Markup((TEMPLATES / "report.css").read_text()),
         script=Markup(script),
         plotly=Markup(plotly),
-        script_hashes=[_hash(script), _hash(plotly)],
+        script_hashes=[hash_of(script), hash_of(plotly)],
     )
     path = run_folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _hash(script: str) -> str:
+def script_of(own: Path) -> str:
+    """A page's own script behind what all pages draw alike."""
+    return (TEMPLATES / "drawing.js").read_text() + own.read_text()
+
+
+def hash_of(script: str) -> str:
+    """A script as a content security policy names it."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
@@ -83,7 +97,7 @@ def _metric_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     table = []
     for name in [*(name for name in METRICS if name in logged), *(name for name in logged if name not in METRICS)]:
         _, values = series(rows, name)
-        metric = METRICS.get(name, Metric("", "Not in the catalogue of r3hf_ray.tracking.metrics."))
+        metric = describe(name)
         numbers = {"first": values[0], "last": values[-1], "min": min(values), "max": max(values)} if values else {}
         shown = {key: f"{number:.4g}" for key, number in numbers.items()}
         spark = sparkline(values) if values else ""
@@ -91,11 +105,14 @@ def _metric_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return table
 
 
-def _settings(run_folder: Path) -> dict[str, dict[str, str]]:
+def _config(run_folder: Path) -> dict[str, Any]:
     path = run_folder / "config.toml"
-    config = redacted(tomllib.loads(path.read_text())) if path.exists() else {}
+    return tomllib.loads(path.read_text()) if path.exists() else {}
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     groups: dict[str, dict[str, str]] = {}
-    for section, value in config.items():
+    for section, value in redacted(config).items():
         fields = value if isinstance(value, dict) else {section: value}
         groups.setdefault(section if isinstance(value, dict) else "", {}).update({k: str(v) for k, v in fields.items()})
     return groups
@@ -133,16 +150,11 @@ def _response(tokens: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first, shown = tokens[0], tokens[:MAX_TOKENS]
     return {
         **{key: first[key] for key in ("prompt_id", "sample", "prompt", "finish")},
-        "score": _number(first["score"]),
-        "gold": _number(first["gold"]),
-        "total": _number(sum(token["reward"] or 0.0 for token in tokens)),
+        "score": number(first["score"]),
+        "gold": number(first["gold"]),
+        "total": number(sum(token["reward"] or 0.0 for token in tokens)),
         "length": len(tokens),
         "text": [token["token"] for token in shown],
         "id": [token["token_id"] for token in shown],
-        **{field: [_number(token[field]) for token in shown] for field in TOKEN_FIELDS},
+        **{field: [number(token[field]) for token in shown] for field in TOKEN_FIELDS},
     }
-
-
-def _number(value: float | None) -> float | None:
-    """Four significant digits; null for what is missing or not finite."""
-    return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None

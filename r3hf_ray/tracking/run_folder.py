@@ -5,7 +5,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from r3hf_ray.config import Command, ConfigError, RunSection, load
+from r3hf_ray.config import Command, ConfigError, load
+from r3hf_ray.sections import RunSection
 from r3hf_ray.tracking.metrics import next_attempt
 
 PPO_MAY_CHANGE = frozenset(
@@ -15,6 +16,7 @@ PPO_MAY_CHANGE = frozenset(
         "ppo.steps",
         "tracking",
         "evaluation",
+        "reward.gold_credit",
         *(f"rollout.{name}" for name in ("actors", "cpus_per_actor", "gpus_per_actor", "threads")),
         *(f"rollout.{name}" for name in ("kv_cache_gb", "gpu_memory_utilization", "engine_args")),
         *(f"reward.{name}" for name in ("actors", "cpus_per_actor", "gpus_per_actor", "threads")),

@@ -24,11 +24,17 @@ SCHEMA = pa.schema(
         pa.field("prefix_score", pa.float64()),  # R(x, y_<=t) after the token [reward model's units]
         pa.field("logprob", pa.float64()),  # old logprob [nats]
         pa.field("score", pa.float64()),  # R(x, y) of the response [reward model's units]
+        pa.field("prompt_score", pa.float64()),  # R(x, empty) of the prompt alone [reward model's units]
         pa.field("gold", pa.float64()),  # an independent judge's score, null without one
+        pa.field("gold_credit", pa.float64()),  # what the token is truly worth, null where it is not known
         pa.field("finish", pa.string(), nullable=False),  # eos | length
     ]
 )
-"""Columns of a dump. A float that is not finite is kept as it is."""
+"""Columns of a dump. A float that is not finite is kept as it is; what an older dump lacks is null."""
+MAY_BE_MISSING = ("gold", "gold_credit")
+"""Of a row to be written."""
+PART = "reward/"
+"""Start of the names of further columns: each model's part of the reward, where a run sums several."""
 
 
 def write_samples(run_folder: Path, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -37,11 +43,15 @@ def write_samples(run_folder: Path, step: int, rows: Iterable[Mapping[str, Any]]
     The file appears whole or not at all, so a reader beside a running job never sees half of it.
 
     Raises:
-        KeyError: a row lacks a column (`gold` may be left out).
+        KeyError: a row lacks a column that is not one of `MAY_BE_MISSING`.
     """
-    names = [name for name in SCHEMA.names if name not in ("step", "gold")]
+    rows = list(rows)
+    parts = [name for name in (rows[0] if rows else ()) if name.startswith(PART)]
+    names = [name for name in SCHEMA.names if name not in ("step", *MAY_BE_MISSING)] + parts
+    given = [{name: row.get(name) for name in MAY_BE_MISSING} | {name: row[name] for name in names} for row in rows]
     table = pa.Table.from_pylist(
-        [{"step": step, "gold": row.get("gold")} | {name: row[name] for name in names} for row in rows], schema=SCHEMA
+        [{"step": step} | row for row in given],
+        schema=pa.schema([*SCHEMA, *(pa.field(name, pa.float64()) for name in parts)]),
     )
     folder = run_folder / "samples"
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +69,8 @@ def sample_steps(run_folder: Path) -> list[int]:
 
 def read_samples(run_folder: Path, step: int) -> list[list[dict[str, Any]]]:
     """The dump of a step: one list of token rows for each response, in the order written, tokens in order."""
-    table = pq.read_table(run_folder / "samples" / f"step_{step:06d}.parquet", schema=SCHEMA)
+    path = run_folder / "samples" / f"step_{step:06d}.parquet"
+    table = pq.read_table(path, schema=pa.unify_schemas([SCHEMA, pq.read_schema(path)]))
     responses: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for row in table.to_pylist():
         responses.setdefault((row["prompt_id"], row["sample"]), []).append(row)

@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def write_capsule(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if inputs is not None and batch is not None:
-        arrays = inputs.tensors() | {f"given.{field.name}": getattr(batch, field.name) for field in fields(batch)}
+        arrays = inputs.tensors() | {f"given.{name}": x for name, x in batch.tensors().items()}
         contiguous = {name: x.cpu().contiguous().clone() for name, x in arrays.items()}
         save_file(contiguous, folder / f"batch_rank_{rank():05d}.safetensors")
     models: list[tuple[str, nn.Module, Any]] = [("policy", policy, policy.model)]

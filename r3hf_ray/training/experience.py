@@ -1,9 +1,12 @@
-"""From a scored batch to what PPO trains on: evaluation, rewards in their units, advantages."""
+"""From a scored batch to what PPO trains on: evaluation, rewards in their units and summed, advantages."""
 
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from r3hf_ray.algorithms.advantages import (
@@ -14,10 +17,10 @@ from r3hf_ray.algorithms.advantages import (
     rloo_advantages,
     whole_returns,
 )
-from r3hf_ray.algorithms.batching import Batch, masked_filler, microbatches
+from r3hf_ray.algorithms.batching import Batch, Component, masked_filler, microbatches
 from r3hf_ray.algorithms.losses import importance_weights
 from r3hf_ray.algorithms.masking import moments, whiten
-from r3hf_ray.algorithms.redistribution import PrefixScores, settle_eos_jump, telescoping_error
+from r3hf_ray.algorithms.redistribution import settle_eos_jump, telescoping_error
 from r3hf_ray.algorithms.scaling import missing_eos, normalize, normalize_shares
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.models.sharding import all_gather_rows, all_reduce_max, all_reduce_sum
@@ -34,7 +37,7 @@ class TelescopingError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class RewardScale:
-    """Mean and standard deviation of the sequence reward under the initial policy, in the reward model's units."""
+    """Mean and standard deviation of one model's sequence reward under the initial policy, in that model's units."""
 
     mean: float = 0.0
     scale: float = 1.0
@@ -58,8 +61,10 @@ class Experience:
 
     batch: Batch
     seen: Evaluation
+    parts: dict[str, Float[Tensor, "B T"]]
+    """Each model's scaled rewards times its weight, by name; the cost's have the opposite sign of the cost."""
     rewards: Float[Tensor, "B T"]
-    """Scaled, with the missing-EOS rule, without KL."""
+    """Their sum, with the missing-EOS rule, without KL."""
     total_rewards: Float[Tensor, "B T"]
     """`rewards` minus the KL penalty, where that is inside the reward."""
     advantages: Float[Tensor, "B T"]
@@ -69,6 +74,7 @@ class Experience:
     kl_price: Float[Tensor, "B T"]
     """Of the KL inside the loss; 0 where it is inside the reward. [scaled reward a nat]"""
     telescoping_error: Float[Tensor, "B"]
+    """The largest over models."""
 
 
 @torch.no_grad()
@@ -90,23 +96,24 @@ def evaluate(policy: nn.Module, critic: nn.Module | None, batch: Batch, config: 
 
 
 def require_telescoping(batch: Batch, config: PPOConfig) -> Float[Tensor, "B"]:
-    """The relative error of every response's reward sum. A collective, so that all ranks stop together.
+    """The relative error of every response's reward sum, of the model where it is largest.
+
+    A collective, so that all ranks stop together.
 
     Raises:
-        TelescopingError: on any rank a sum is off, or is NaN.
+        TelescopingError: on any rank a sum of any model is off, or is NaN.
     """
-    error = telescoping_error(
-        batch.token_rewards,
-        settle_eos_jump(prefix_scores(batch), batch.response_mask, ~batch.truncated, rule=config.reward.eos_jump),
-        batch.response_mask,
-        mode=config.reward.mode,
-        beta_c=config.reward.method_weight,
-        subtract_prompt_score=config.reward.subtract_prompt_score,
-    )
+    errors = torch.stack([_telescoping_error(part, batch, config) for part in batch.by_model.values()])
+    error, worst = errors.max(0)  # NaN is the largest
     broken = ~(error <= TELESCOPING_TOLERANCE)  # this way round, NaN is broken too
     if all_reduce_max(broken.any().float()).item():
         rows = broken.nonzero()[:3, 0].tolist()
-        where = ", ".join(f"prompt {int(batch.prompt_ids[i])} by {float(error[i]):.1e}" for i in rows)
+        names = list(batch.by_model)
+        of = [f" ({names[int(worst[i])]})" if batch.components else "" for i in rows]
+        where = ", ".join(
+            f"prompt {int(batch.prompt_ids[i])}{name} by {float(error[i]):.1e}"
+            for i, name in zip(rows, of, strict=True)
+        )
         raise TelescopingError(
             f"token rewards do not add up to the sequence reward ({where or 'on another rank'}; tolerance "
             f"{TELESCOPING_TOLERANCE:.0e}): do reward actors and learner have the same [reward] section?"
@@ -115,9 +122,19 @@ def require_telescoping(batch: Batch, config: PPOConfig) -> Float[Tensor, "B"]:
 
 
 def make_experience(
-    batch: Batch, seen: Evaluation, error: Float[Tensor, "B"], config: PPOConfig, *, scale: RewardScale, kl_coef: float
+    batch: Batch,
+    seen: Evaluation,
+    error: Float[Tensor, "B"],
+    config: PPOConfig,
+    *,
+    scales: Mapping[str, RewardScale],
+    kl_coef: float,
+    multiplier: float,
 ) -> Experience:
-    """Raw token rewards -> scaled -> missing-EOS rule -> KL penalty -> advantages (arXiv 2411.08302, Eq. 6 to 8).
+    """Raw token rewards -> scaled -> summed over models -> missing-EOS rule -> KL penalty -> advantages.
+
+    (arXiv 2411.08302, Eq. 6 to 8, and with a cost its safety task, of which ``1/2 (r - c)`` is the sum with weights
+    1/2 and -1/2.)
 
     A collective where advantages compare the samples of a prompt.
 
@@ -126,11 +143,16 @@ def make_experience(
         seen: from `evaluate`.
         error: from `require_telescoping`.
         config: of the run.
-        scale: of the rewards.
+        scales: of each model's rewards, by name.
         kl_coef: at present, scaled reward per nat.
+        multiplier: lambda of the cost at present, scaled reward per scaled cost.
+
+    Raises:
+        ValueError: the batch was not scored by the models of the run.
     """
     mask, reward, ppo = batch.response_mask, config.reward, config.ppo
-    rewards = _scaled(batch, config, scale)
+    parts = _parts(batch, config, scales, multiplier)
+    rewards = reduce(operator.add, parts.values())
     rewards = missing_eos(rewards, mask, batch.truncated, rule=reward.missing_eos, penalty=reward.missing_eos_penalty)
     in_reward = ppo.kl_in == "reward"
     total = rewards
@@ -145,6 +167,7 @@ def make_experience(
     return Experience(
         batch=batch,
         seen=seen,
+        parts=parts,
         rewards=rewards,
         total_rewards=total,
         advantages=advantages,
@@ -155,15 +178,33 @@ def make_experience(
     )
 
 
-def prefix_scores(batch: Batch) -> PrefixScores:
-    """The batch's scores as the reward model gave them."""
-    return PrefixScores(prefix=batch.prefix_scores, prompt=batch.prompt_score, pooled=batch.score)
+def _telescoping_error(part: Component, batch: Batch, config: PPOConfig) -> Float[Tensor, "B"]:
+    mask, reward = batch.response_mask, config.reward
+    return telescoping_error(
+        part.token_rewards,
+        settle_eos_jump(part.scores, mask, ~batch.truncated, rule=reward.eos_jump),
+        mask,
+        mode=reward.mode,
+        beta_c=reward.method_weight,
+        subtract_prompt_score=reward.subtract_prompt_score,
+    )
 
 
-def _scaled(batch: Batch, config: PPOConfig, scale: RewardScale) -> Float[Tensor, "B T"]:
-    rewards, mask = batch.token_rewards, batch.response_mask
+def _parts(
+    batch: Batch, config: PPOConfig, scales: Mapping[str, RewardScale], multiplier: float
+) -> dict[str, Float[Tensor, "B T"]]:
+    """Each model's rewards as they enter the sum: scaled and centred by its own scale, times its weight."""
+    weights, scored = config.model.weights(multiplier), batch.by_model
+    if weights.keys() != scored.keys():
+        raise ValueError(f"the run's models are {', '.join(weights)}, but responses were scored by {', '.join(scored)}")
+    mask = batch.response_mask
+    return {name: weight * _scaled(scored[name], mask, config, scales[name]) for name, weight in weights.items()}
+
+
+def _scaled(part: Component, mask: Bool[Tensor, "B T"], config: PPOConfig, scale: RewardScale) -> Float[Tensor, "B T"]:
+    rewards = part.token_rewards
     if config.reward.pays_shares:
-        return normalize_shares(rewards, batch.score, mask, mean=scale.mean, scale=scale.scale)
+        return normalize_shares(rewards, part.score, mask, mean=scale.mean, scale=scale.scale)
     weight = config.terminal_weight
     return normalize(rewards, mask, mean=scale.mean, scale=scale.scale, terminal_weight=weight)
 

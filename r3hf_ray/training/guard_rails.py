@@ -31,6 +31,11 @@ BOUNDS: dict[str, tuple[float, float, str]] = {
         1e-5,
         "token rewards add up worse than float32 should; is the score head in float32?",
     ),
+    "r3hf/alignment_loss": (
+        0.0,
+        0.1,
+        "these tokens end inside a token of the reward model and earn 0: the two tokenizers cut text too differently",
+    ),
     "critic/explained_var": (
         -0.5,
         1.0,

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from r3hf_ray.algorithms.advantages import next_kl_coef
 from r3hf_ray.algorithms.batching import Batch, collate
+from r3hf_ray.algorithms.lagrange import next_multiplier
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.models import checkpoint
 from r3hf_ray.models.load import eos_ids, load_policy, load_tokenizer
@@ -28,6 +29,7 @@ from r3hf_ray.models.sharding import (
     scale_gradients,
     shard,
 )
+from r3hf_ray.models.user_functions import user_function
 from r3hf_ray.models.values import Critic, critic_from_policy, critic_from_reward_model
 from r3hf_ray.training.divergence import DivergenceError, Replay, replay_capsule, write_capsule
 from r3hf_ray.training.experience import (
@@ -41,9 +43,10 @@ from r3hf_ray.training.experience import (
 )
 from r3hf_ray.training.guard_rails import WATCHED, length_drift
 from r3hf_ray.training.minibatches import Minibatch, plan_minibatches
+from r3hf_ray.training.optimizers import adamw
 from r3hf_ray.training.ppo_losses import LossInputs, Share, critic_share, policy_divisor, policy_share
 from r3hf_ray.training.ppo_metrics import experience_metrics, reduce_named, token_rows
-from r3hf_ray.types import ScoredTrajectory
+from r3hf_ray.types import COST, MAIN, ScoredTrajectory
 
 __all__ = ["DivergenceError", "PPOLearner", "Replay", "RewardScale", "TelescopingError", "replay_capsule"]
 
@@ -67,7 +70,7 @@ class PPOLearner:
 
         Args:
             config: of the run.
-            scale: of the rewards; a checkpoint's replaces it.
+            scale: of the main model's rewards; further models begin at mean 0 and scale 1. A checkpoint replaces all.
             device: of this rank.
             mesh: of all ranks (`sharding.make_mesh`); None for a single rank.
             capsules: where a `DivergenceError` leaves its capsule; ``<run folder>/divergence`` when left out.
@@ -75,9 +78,10 @@ class PPOLearner:
         Raises:
             ModelError: a model cannot be used.
         """
-        self.config, self.scale, self.device = config, scale, torch.device(device)
+        self.config, self.device = config, torch.device(device)
         self.step = 0
-        self.kl_coef = config.ppo.kl_coef
+        self.scales = dict.fromkeys(config.model.weights(0.0), RewardScale()) | {MAIN: scale}
+        self.kl_coef, self.multiplier = config.ppo.kl_coef, config.cost.multiplier
         self.tokenizer = load_tokenizer(config.model.policy)
         self.policy = Policy(load_policy(config.model.policy, torch.float32)).eval().to(self.device)
         self.critic = _load_critic(config, scale).eval().to(self.device) if config.has_critic else None
@@ -85,7 +89,7 @@ class PPOLearner:
         rates = {"policy": config.optimizer.policy_lr, "critic": config.optimizer.critic_lr}
         self._rates = {name: rates[name] for name in self._modules()}
         self._optimizers: dict[str, Optimizer] = {
-            name: _adamw(part, config, rates[name]) for name, part in self._modules().items()
+            name: adamw(part, config.optimizer, rates[name]) for name, part in self._modules().items()
         }
         self._optimizer_steps = 0
         self.first: dict[str, float] = {}
@@ -110,7 +114,7 @@ class PPOLearner:
         Raises:
             TelescopingError: a response's token rewards do not add up.
             DivergenceError: a loss or gradient is not finite; a capsule has been written.
-            ValueError: there is no trajectory, or `minibatch_of` does not fit.
+            ValueError: there is no trajectory, `minibatch_of` does not fit, or other models scored than the run has.
         """
         if not scored or any(len(row) != len(scored) for row in minibatch_of):
             raise ValueError(f"{len(scored)} trajectories, but minibatches for {[len(row) for row in minibatch_of]}")
@@ -120,7 +124,8 @@ class PPOLearner:
         with self._timed("evaluate"):
             seen = evaluate(self.policy, self.critic, batch, self.config)
         with self._timed("advantage"):
-            experience = make_experience(batch, seen, error, self.config, scale=self.scale, kl_coef=self.kl_coef)
+            prices = {"kl_coef": self.kl_coef, "multiplier": self.multiplier}
+            experience = make_experience(batch, seen, error, self.config, scales=self.scales, **prices)
             inputs = loss_inputs(experience, whiten_advantages=self.config.ppo.whiten_advantages)
         ppo = self.config.ppo
         minibatches = plan_minibatches(inputs, minibatch_of, count=ppo.minibatches, budget_tokens=ppo.microbatch_tokens)
@@ -130,18 +135,18 @@ class PPOLearner:
         metrics["rollout/length_drift"] = length_drift(metrics, self.first)
         metrics |= {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
         metrics["policy/ratio/max"] = max(step["policy/ratio/max"] for step in steps)
-        metrics |= {"policy/lr": steps[-1]["policy/lr"], "kl/coef": self.kl_coef} | self._slowest()
-        self._adapt_kl(metrics["kl/ref/mean"])
+        metrics |= {"policy/lr": steps[-1]["policy/lr"]} | self._adapt_prices(metrics) | self._slowest()
         self.step += 1
         self._last = (scored, experience)
         return metrics
 
-    def set_scale(self, scale: RewardScale) -> None:
-        """Take the reward's scale, which samples of the first published weights have shown."""
-        self.scale = scale
-        if self.critic is not None and self.config.critic_init == "reward_model":  # its head has the other units
+    def set_scale(self, scale: RewardScale, model: str = MAIN) -> None:
+        """Take the scale of a model's rewards, which samples of the first published weights have shown."""
+        self.scales[model] = scale
+        if model == MAIN and self.critic is not None and self.config.critic_init == "reward_model":
+            # The critic's head is the reward model's and speaks in its units.
             self.critic.mean.fill_(scale.mean)
-            self.critic.scale.fill_(scale.scale)
+            self.critic.scale.fill_(scale.scale / self.config.model.reward_weight)
 
     @torch.no_grad()
     def evaluate_probe(self, token_ids: list[int]) -> list[float]:
@@ -157,7 +162,9 @@ class PPOLearner:
         if self._last is None:
             return []
         scored, experience = self._last
-        return token_rows(scored[:count], experience, step=self.step, decode=self.tokenizer.decode)
+        name = self.config.reward.gold_credit
+        known = user_function(name, field="reward.gold_credit") if name else None
+        return token_rows(scored[:count], experience, step=self.step, decode=self.tokenizer.decode, gold_credit=known)
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's parameters, whole, by their transformers names (see `sharding.full_parameters`)."""
@@ -178,9 +185,9 @@ class PPOLearner:
             CheckpointError: it is incomplete or of other models.
         """
         extra = checkpoint.load(folder, modules=self._modules(), optimizers=self._optimizers)
-        self.step, self.kl_coef, self.first = extra["step"], extra["kl_coef"], extra["first"]
-        self._optimizer_steps = extra["optimizer_steps"]
-        self.scale = RewardScale(**extra["scale"])
+        self.step, self._optimizer_steps, self.first = extra["step"], extra["optimizer_steps"], extra["first"]
+        self.kl_coef, self.multiplier = extra["kl_coef"], extra["multiplier"]
+        self.scales = {name: RewardScale(**scale) for name, scale in extra["scales"].items()}
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the policy as a folder that transformers and vLLM load as it is."""
@@ -280,20 +287,34 @@ class PPOLearner:
         warmup = self.config.optimizer.warmup_steps
         return min(1.0, (self._optimizer_steps + 1) / warmup) if warmup else 1.0
 
-    def _adapt_kl(self, kl: float) -> None:
-        ppo = self.config.ppo
+    def _adapt_prices(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The prices of KL and cost for the next step; returned are those of this one."""
+        ppo, cost, paid = self.config.ppo, self.config.cost, {"kl/coef": self.kl_coef}
         if ppo.kl_target is not None:
-            responses = self.config.responses_per_step
+            kl, responses = metrics["kl/ref/mean"], self.config.responses_per_step
             self.kl_coef = next_kl_coef(
                 self.kl_coef, kl=kl, target=ppo.kl_target, horizon=ppo.kl_horizon, responses=responses
             )
+        if self.config.model.cost is not None:
+            mean = metrics["cost/score/mean"]
+            paid |= {"cost/multiplier": self.multiplier, "cost/violation": mean - cost.limit}
+            self.multiplier = next_multiplier(
+                self.multiplier,
+                cost=mean,
+                limit=cost.limit,
+                scale=self.scales[COST].scale,
+                lr=cost.multiplier_lr,
+                maximum=cost.max_multiplier,
+            )
+        return paid
 
     def _progress(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "kl_coef": self.kl_coef,
+            "multiplier": self.multiplier,
             "optimizer_steps": self._optimizer_steps,
-            "scale": asdict(self.scale),
+            "scales": {name: asdict(scale) for name, scale in self.scales.items()},
             "first": self.first,
         }
 
@@ -315,28 +336,11 @@ class PPOLearner:
 def _load_critic(config: PPOConfig, scale: RewardScale) -> Critic:
     if config.critic_init == "sft":
         return critic_from_policy(config.model.policy, torch.float32)
+    keep_head = config.critic_init == "reward_model"
     return critic_from_reward_model(
-        config.model.reward_model,
+        config.critic.source or config.model.reward_model,
         torch.float32,
-        keep_head=config.critic_init == "reward_model",
+        keep_head=keep_head,
         mean=scale.mean,
-        scale=scale.scale,
+        scale=scale.scale / config.model.reward_weight if keep_head else 1.0,
     )
-
-
-def _adamw(module: nn.Module, config: PPOConfig, lr: float) -> AdamW:
-    """AdamW whose state exists from the start, at step 0: to write a checkpoint of it then changes nothing."""
-    settings = config.optimizer
-    optimizer = AdamW(
-        module.parameters(),
-        lr=lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,  # one call for all shards: on small models the calls cost more than the arithmetic
-    )
-    for parameter in module.parameters():
-        moment = torch.zeros_like(parameter, requires_grad=False)
-        step = torch.tensor(0.0, device=parameter.device)
-        optimizer.state[parameter] = {"step": step, "exp_avg": moment, "exp_avg_sq": moment.clone()}
-    return optimizer

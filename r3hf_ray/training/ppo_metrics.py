@@ -10,11 +10,14 @@ from torch import Tensor
 from r3hf_ray.algorithms.batching import Batch
 from r3hf_ray.algorithms.masking import last_token, masked_sum, moments
 from r3hf_ray.algorithms.redistribution import eos_jump, r3hf
-from r3hf_ray.config import PPOConfig
+from r3hf_ray.config import ConfigError, PPOConfig
 from r3hf_ray.models.sharding import all_reduce_max, all_reduce_sum
-from r3hf_ray.training.experience import Experience, prefix_scores
+from r3hf_ray.training.experience import Experience
 from r3hf_ray.training.ppo_losses import LossInputs
-from r3hf_ray.types import ScoredTrajectory
+from r3hf_ray.types import COST, MAIN, ScoredTrajectory
+
+GoldCredit = Callable[[str, list[str]], Sequence[float]]
+"""(prompt text, text of each response token) -> what each token is truly worth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +88,20 @@ def experience_metrics(experience: Experience, inputs: LossInputs, config: PPOCo
     added, largest = reduce_named(sums, maxima)
     of = {name: Moments(*added[name]) for name in (tokens | responses)}
     metrics = _named(of, added, largest) | _credit_metrics(of, added, config)
+    for name in batch.components:
+        place = score_of(name)
+        metrics |= {f"{place}/mean": of[place].mean, f"{place}/std": of[place].std}
     if config.ppo.importance_cap is not None:
         metrics |= {"kl/is_weight/mean": of["importance"].mean, "kl/is_weight/max": largest["importance"]}
     if config.has_critic:
         explained = _explained(of["residual"], of["return"])
         metrics |= {"critic/explained_var": explained, "critic/values/mean": of["value"].mean}
     return metrics
+
+
+def score_of(component: str) -> str:
+    """Where the score of a further model is logged: ``reward/NAME/score``, and the cost's under ``cost/score``."""
+    return "cost/score" if component == COST else f"reward/{component}/score"
 
 
 def _token_columns(experience: Experience) -> dict[str, Tensor]:
@@ -122,14 +133,15 @@ def _response_columns(experience: Experience, lag: Tensor) -> dict[str, Tensor]:
         "prompt_length": (batch.attention_mask.sum(1) - lengths).float(),
         "truncated": batch.truncated.float(),
         "lag": lag,
-    }
+        "alignment_loss": batch.alignment_loss,
+    } | {score_of(name): part.score for name, part in batch.components.items()}
 
 
 def _credit_sums(batch: Batch, rewards: Tensor) -> Tensor:
     """Absolute credit: of all tokens, first, last, and EOS; of all prefix differences, and of the jumps at EOS."""
     mask, finished = batch.response_mask, ~batch.truncated
     last, first = last_token(mask), mask & (mask.cumsum(1) == 1)
-    size, scores = rewards.abs(), prefix_scores(batch)
+    size, scores = rewards.abs(), batch.by_model[MAIN].scores
     places = [mask, first, last, last & finished[:, None]]
     jumps = eos_jump(scores, mask).abs()[finished]
     return torch.stack([*(masked_sum(size, place) for place in places), r3hf(scores, mask).abs().sum(), jumps.sum()])
@@ -164,6 +176,7 @@ def _named(of: dict[str, Moments], added: dict[str, list[float]], largest: dict[
         "r3hf/token_reward/absmax": largest["reward"],
         "r3hf/telescoping_error/max": largest["telescoping"],
         "r3hf/empty_prefix_score/mean": of["prompt_score"].mean,
+        "r3hf/alignment_loss": of["alignment_loss"].mean,
         "r3hf/position_corr": _correlation(of["position"], of["reward"], added["product"][0]),
         "policy/entropy": of["entropy"].mean,
         "critic/returns/mean": of["return"].mean,
@@ -195,15 +208,26 @@ def _explained(residual: Moments, target: Moments) -> float:
 
 
 def token_rows(
-    scored: Sequence[ScoredTrajectory], experience: Experience, *, step: int, decode: Callable[..., Any]
+    scored: Sequence[ScoredTrajectory],
+    experience: Experience,
+    *,
+    step: int,
+    decode: Callable[..., Any],
+    gold_credit: GoldCredit | None = None,
 ) -> list[dict[str, Any]]:
     """One row a response token, for people: reward scaled and without KL, KL in nats, advantage before whitening.
+
+    Where several models are summed, ``reward/NAME`` is each one's part of the reward, before the missing-EOS rule.
 
     Args:
         scored: the first rows of the batch, as they came.
         experience: of the batch.
         step: written into each row.
         decode: token ids -> text.
+        gold_credit: what is known of each token's worth; without it `gold_credit` is None.
+
+    Raises:
+        ConfigError: `gold_credit` does not give one number a token.
     """
     batch = experience.batch
     columns = {
@@ -214,21 +238,37 @@ def token_rows(
         "prefix_score": batch.prefix_scores,
         "logprob": experience.seen.logprobs,
     }
+    if batch.components:
+        columns |= {f"reward/{name}": part for name, part in experience.parts.items()}
     table = {name: x[: len(scored)].tolist() for name, x in columns.items()}
     rows = []
     for index, item in enumerate(scored):
         trajectory = item.trajectory
         ids = trajectory.token_ids.tolist()
+        start, prompt = trajectory.prompt_len, decode(ids[: trajectory.prompt_len])
         common = {
             "step": step,
             "prompt_id": trajectory.prompt_id,
             "sample": trajectory.sample,
-            "prompt": decode(ids[: trajectory.prompt_len]),
+            "prompt": prompt,
             "score": item.score,
+            "prompt_score": item.prompt_score,
             "gold": None,
             "finish": str(trajectory.finish),
         }
-        for t in range(trajectory.prompt_len, len(ids)):
-            place = {"position": t - trajectory.prompt_len, "token_id": ids[t], "token": decode([ids[t]])}
-            rows.append(common | place | {name: values[index][t] for name, values in table.items()})
+        texts = [decode([token]) for token in ids[start:]]
+        known = _known(gold_credit, prompt, texts)
+        for place, (text, credit) in enumerate(zip(texts, known, strict=True)):
+            t = start + place
+            own = {"position": place, "token_id": ids[t], "token": text, "gold_credit": credit}
+            rows.append(common | own | {name: values[index][t] for name, values in table.items()})
     return rows
+
+
+def _known(gold_credit: GoldCredit | None, prompt: str, texts: list[str]) -> Sequence[float | None]:
+    if gold_credit is None:
+        return [None] * len(texts)
+    credit = gold_credit(prompt, texts)
+    if len(credit) != len(texts):
+        raise ConfigError(f"reward.gold_credit: it gives {len(credit)} numbers for {len(texts)} tokens of {prompt!r}")
+    return credit

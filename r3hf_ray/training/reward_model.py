@@ -1,27 +1,29 @@
 """Bradley-Terry reward models: TRL's `RewardTrainer` for plain pairs, `ranking` for ranked groups (layer 2).
 
 TRL gets rows that are tokenised already: from plain text it would drop over-long pairs and append EOS in silence. It is
-imported inside the function (9 s). Both ways end in the same folder, with the score head in float32.
+imported inside functions (9 s). Both ways end in the same kind of folder, with the score head in float32.
+
+Both ways take the same two options. With ``reward_training.prefix_weight`` the model also learns to compare the two
+answers cut at one random fraction of their lengths; ``reward_training.head`` says what the score of an answer is
+(`models/running_sum.py`).
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    set_seed,
-)
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from r3hf_ray.config import RewardConfig
-from r3hf_ray.models.load import ensure_distinct_pad, load_tokenizer
-from r3hf_ray.training.ranking import RankedGroup, pair_accuracy, train_ranked
+from r3hf_ray.models.load import ensure_distinct_pad, load_tokenizer, score_head, untrained_reward_model
+from r3hf_ray.models.prefix_scores import scores_so_far
+from r3hf_ray.training.ranking import RankedGroup, cut_fraction, cut_length, pair_accuracy, train_ranked
 from r3hf_ray.training.trl_settings import MetricsCallback, arguments, is_first_rank, save_model
 
 Sink = Callable[[int, dict[str, float]], None]
@@ -40,9 +42,8 @@ class Pair:
 
     def as_group(self) -> RankedGroup:
         """The same preference as a ranked group of two."""
-        return RankedGroup(
-            sequences=[self.prompt_ids + self.chosen_ids, self.prompt_ids + self.rejected_ids], pairs=[(0, 1)]
-        )
+        sequences = [self.prompt_ids + self.chosen_ids, self.prompt_ids + self.rejected_ids]
+        return RankedGroup(prompt_tokens=len(self.prompt_ids), sequences=sequences, pairs=[(0, 1)])
 
 
 def train_on_pairs(
@@ -51,7 +52,7 @@ def train_on_pairs(
     """Train a reward model on pairs by TRL and save a plain Hugging Face folder. Every rank calls it.
 
     Args:
-        config: base model, batch sizes, learning rate, epochs.
+        config: base model, head, batch sizes, learning rate, epochs, weights of the losses.
         pairs: the training rows.
         heldout: pairs whose accuracy is taken at the end; may be empty.
         folder: where rank 0 saves model and tokenizer.
@@ -65,12 +66,13 @@ def train_on_pairs(
 
     section = config.reward_training
     model, tokenizer = _start(config)
-    trainer = RewardTrainer(
+    weight, seed = section.prefix_weight, config.run.seed
+    trainer = (_prefix_aware_trainer(weight, seed) if weight else RewardTrainer)(
         model=model,
         args=Arguments(
             max_length=None,
             center_rewards_coefficient=section.center_coef or None,
-            **arguments(section, config.trainer, config.model, seed=config.run.seed, folder=folder.parent),
+            **arguments(section, config.trainer, config.model, seed=seed, folder=folder.parent),
         ),
         train_dataset=_rows(pairs),
         processing_class=tokenizer,
@@ -114,6 +116,7 @@ def train_on_groups(
         on_step=on_step,
         warmup_steps=section.warmup_steps,
         center_coef=section.center_coef,
+        prefix_weight=section.prefix_weight,
         microbatch_size=section.microbatch_size,
     )
     _finish(config, model, tokenizer, heldout, steps, folder, on_metrics)
@@ -135,9 +138,64 @@ def _start(config: RewardConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     """The base model's trunk under a fresh score head, the same on every rank; weights stay float32 in training."""
     set_seed(config.run.seed)
     tokenizer = load_tokenizer(config.model.base)
-    model = AutoModelForSequenceClassification.from_pretrained(config.model.base, num_labels=1, dtype=torch.float32)
+    model = untrained_reward_model(config.model.base, head=config.reward_training.head)
     ensure_distinct_pad(tokenizer, model)
     return model, tokenizer
+
+
+def _prefix_aware_trainer(weight: float, seed: int) -> Any:
+    """TRL's trainer, whose loss also compares both answers of each pair cut at one random fraction of their lengths.
+
+    TRL's forward already asks the score head at every position and keeps the last one; a hook keeps the others.
+    """
+    from trl import RewardTrainer
+
+    class PrefixAwareTrainer(RewardTrainer):
+        data_collator: Any
+
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            collate = self.data_collator
+
+            def with_pairs(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+                pairs = torch.tensor([[example["row"], example["prompt_tokens"]] for example in examples])
+                return {**collate(examples), "pairs": pairs}
+
+            self.data_collator = with_pairs
+
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            pairs, is_token = inputs.pop("pairs"), inputs["attention_mask"].bool()
+            said: list[Tensor] = []
+            with score_head(self.model).register_forward_hook(lambda head, given, scores: said.append(scores)):
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            scores = scores_so_far(self.model, said[0][..., 0].float(), is_token)
+            cuts = _cut_lengths(pairs.tolist(), is_token.sum(1).tolist(), seed=seed, step=self.state.global_step)
+            cut_scores = scores[torch.arange(len(cuts)), torch.tensor(cuts) - 1]  # all chosen ones, then all rejected
+            margins = cut_scores[: len(pairs)] - cut_scores[len(pairs) :]
+            prefix_loss = -logsigmoid(margins).mean()
+            metrics = {"prefix_loss": prefix_loss.detach(), "prefix_accuracy": (margins > 0).float().mean()}
+            for name, value in metrics.items():
+                mean = self.accelerator.gather_for_metrics(value).mean().item()
+                self._metrics["train" if self.model.training else "eval"][name].append(mean)
+            loss = loss + weight * prefix_loss
+            return (loss, outputs) if return_outputs else loss
+
+    return PrefixAwareTrainer
+
+
+def _cut_lengths(pairs: list[list[int]], lengths: list[int], *, seed: int, step: int) -> list[int]:
+    """Where each sequence of a batch is cut: the chosen one and the rejected one of a pair at the same fraction.
+
+    Args:
+        pairs: row of the data and prompt tokens of each.
+        lengths: of the chosen sequences, then of the rejected ones. [tokens]
+        seed: of the run.
+        step: optimizer steps done, so that a pair is cut elsewhere when it comes again.
+    """
+    drawn = [(prompt, cut_fraction(seed, step, row)) for row, prompt in pairs] * 2
+    return [cut_length(prompt, length, fraction) for (prompt, fraction), length in zip(drawn, lengths, strict=True)]
 
 
 def _finish(
@@ -165,5 +223,9 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _rows(pairs: Sequence[Pair]) -> Dataset:
+    """``row`` and ``prompt_tokens`` say where a pair is cut; TRL's own collator leaves them out."""
     chosen, rejected = ([p.prompt_ids + p.chosen_ids for p in pairs], [p.prompt_ids + p.rejected_ids for p in pairs])
-    return Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected})
+    columns = {"chosen_ids": chosen, "rejected_ids": rejected}
+    return Dataset.from_dict(
+        columns | {"row": list(range(len(pairs))), "prompt_tokens": [len(p.prompt_ids) for p in pairs]}
+    )

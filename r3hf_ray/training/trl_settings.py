@@ -16,7 +16,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from r3hf_ray.config import BaseModelSection, ConfigError, SFTSection, TrainerSection
+from r3hf_ray.config import ConfigError
+from r3hf_ray.sections import BaseModelSection, SFTSection, TrainerSection
 
 _NAMES = {
     "loss": "loss",
@@ -25,6 +26,8 @@ _NAMES = {
     "mean_token_accuracy": "token_accuracy",
     "entropy": "entropy",
     "accuracy": "accuracy",
+    "prefix_loss": "prefix_loss",
+    "prefix_accuracy": "prefix_accuracy",
     "margin": "margin",
     "mean_reward": "score/mean",
     "num_tokens": "tokens",

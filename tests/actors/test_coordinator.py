@@ -124,7 +124,13 @@ class FakeReward(Fake):
         failures = self.failures(behaviour, "score", [(t.prompt_id, t.sample, t.attempt) for t in trajectories])
         failed = {(failure.prompt_id, failure.sample) for failure in failures}
         infos = {
-            (t.prompt_id, t.sample): ScoreInfo(info=t, score=float(t.prompt_id), prompt_score=0.0, gold=t.prompt_id / 2)
+            (t.prompt_id, t.sample): ScoreInfo(
+                info=t,
+                score=float(t.prompt_id),
+                prompt_score=0.0,
+                gold=t.prompt_id / 2,
+                components={name: factor * t.prompt_id for name, factor in behaviour.get("components", {}).items()},
+            )
             for t in trajectories
             if (t.prompt_id, t.sample) not in failed
         }
@@ -216,7 +222,7 @@ class Learner:
     shares: dict[int, list[Share]] = field(default_factory=dict)
     samples: dict[int, list[ScoreInfo]] = field(default_factory=dict)
     """Of each step, over all ranks, rank after rank."""
-    calibration: tuple[float, float] | None = None
+    calibration: dict[str, tuple[float, float]] | None = None
 
     async def run(self, start: int = 0, stop: int | None = None) -> None:
         await self.coordinator.begin(start)
@@ -700,12 +706,33 @@ def test_calibration_is_the_mean_and_std_of_the_first_policy(actors: Actors) -> 
     config = configuration(reward={"calibration_samples": 6}, rollout={"max_lag": 1}, ppo={"steps": 2})
     learner, snapshot = run(actors, config)
     scores = np.arange(6.0)
-    assert learner.calibration == (scores.mean(), pytest.approx(scores.std(), rel=1e-12))
+    assert learner.calibration == {"reward": (scores.mean(), pytest.approx(scores.std(), rel=1e-12))}
     (event,) = events(snapshot, "calibrated")
-    assert event.items() >= {"mean": 2.5, "responses": 6}.items()
+    assert event.items() >= {"model": "reward", "mean": 2.5, "responses": 6}.items()
     seeds = {seed_of(5, "calibration", number) for number in range(6)}
     assert [line["version"] for line in actors.log("generate") if seeds & set(line["seeds"])] == [0, 0]
     assert learner.keys(0) == expected_keys(config, 0)
+
+
+def test_each_model_is_calibrated_and_evaluated_by_itself(actors: Actors) -> None:
+    actors.behave(components={"brevity": 4.0, "cost": -2.0})
+    config = configuration(reward={"calibration_samples": 6}, evaluation={"prompts": 3}, ppo={"steps": 1})
+    learner, snapshot = run(actors, config)
+    std = pytest.approx(np.arange(6.0).std(), rel=1e-12)
+    assert learner.calibration is not None and list(learner.calibration) == ["reward", "brevity", "cost"]
+    assert {name: (mean, sd / abs(mean / 2.5)) for name, (mean, sd) in learner.calibration.items()} == {
+        "reward": (2.5, std),
+        "brevity": (10.0, std),
+        "cost": (-5.0, std),
+    }
+    assert [event["model"] for event in events(snapshot, "calibrated")] == ["reward", "brevity", "cost"]
+    rows = [row for row in snapshot.rows if "eval/heldout/score/mean" in row]
+    assert {(row["eval/heldout/brevity/score/mean"], row["eval/heldout/cost/score/mean"]) for row in rows} == {(4, -2)}
+
+
+def test_without_samples_there_is_no_calibration(actors: Actors) -> None:
+    learner, _ = run(actors, configuration(ppo={"steps": 1}))
+    assert learner.calibration == {}
 
 
 def test_a_calibration_without_scores_ends_the_run(actors: Actors) -> None:

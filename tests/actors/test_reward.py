@@ -8,7 +8,7 @@ import torch
 
 from r3hf_ray.actors.reward import RewardActor
 from r3hf_ray.models.scoring import ScoringSettings
-from r3hf_ray.types import Finish, ScoredTrajectory, ScoreReport, Trajectory
+from r3hf_ray.types import MAIN, Finish, ScoredTrajectory, ScoreReport, Trajectory
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_one_object_for_each_key_in_their_order_then_the_report(actor: RewardAct
 
 
 def test_a_failed_score_is_none_and_reported(actor: RewardActor) -> None:
-    weight = actor._scorer._reward_model.get_input_embeddings().weight
+    weight = actor._scorer._readers[MAIN].model.get_input_embeddings().weight
     kept = weight[30].clone()
     with torch.no_grad():
         weight[30] = float("inf")

@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r3hf_ray.algorithms.batching import collate, masked_filler, microbatches, pad_rows
-from r3hf_ray.types import Finish, ScoredTrajectory, Trajectory
+from r3hf_ray.types import ComponentScores, Finish, ScoredTrajectory, Trajectory
 
 PER_TOKEN = ["behavior_logprobs", "ref_logprobs", "token_rewards", "prefix_scores"]
 
@@ -86,15 +86,57 @@ def test_rows_are_the_collation_of_the_chosen_trajectories(index):
     items = example()
     chosen, direct = collate(items, pad_id=0).rows(index), collate([items[1], items[3]], pad_id=0)
     assert chosen.token_ids.shape == (2, 6)
-    for field in fields(chosen):
-        assert torch.equal(getattr(chosen, field.name), getattr(direct, field.name)), field.name
+    for name, x in chosen.tensors().items():
+        assert torch.equal(x, direct.tensors()[name]), name
 
 
 def test_rows_keep_the_order_asked_for_and_to_moves_every_tensor():
     batch = collate(example(), pad_id=0)
     assert batch.rows([3, 0, 2]).prompt_ids.tolist() == [103, 100, 102]
-    moved = batch.to("meta")
-    assert all(getattr(moved, field.name).is_meta for field in fields(moved))
+    assert all(x.is_meta for x in batch.to("meta").tensors().values())
+
+
+def with_cost(items):
+    """Each trajectory with a cost model's scores: its own, negative, and half of the prompt's."""
+    return [
+        replace(
+            item,
+            alignment_loss=0.25 * i,
+            components={
+                "cost": ComponentScores(
+                    token_rewards=-item.token_rewards,
+                    prefix_scores=-item.prefix_scores,
+                    score=-item.score,
+                    prompt_score=item.prompt_score / 2,
+                )
+            },
+        )
+        for i, item in enumerate(items)
+    ]
+
+
+def test_further_models_go_wherever_the_main_one_goes():
+    items = with_cost(example())
+    batch = collate(items, pad_id=0)
+    assert list(batch.by_model) == ["reward", "cost"]
+    main, cost = batch.by_model.values()
+    assert torch.equal(main.scores.pooled, batch.score) and torch.equal(main.token_rewards, batch.token_rewards)
+    assert torch.equal(cost.token_rewards, -batch.token_rewards) and torch.equal(cost.scores.pooled, -batch.score)
+    assert torch.equal(cost.scores.prefix, -batch.prefix_scores)
+    assert torch.equal(cost.scores.prompt, batch.prompt_score / 2)
+    assert batch.alignment_loss.tolist() == [0.0, 0.25, 0.5, 0.75]
+    chosen, direct = batch.rows([3, 1]).tensors(), collate([items[3], items[1]], pad_id=0).tensors()
+    assert chosen.keys() == direct.keys() >= {"components.cost.score", "score"}
+    assert all(torch.equal(x, direct[name]) for name, x in chosen.items())
+    assert all(x.is_meta for x in batch.to("meta").tensors().values())
+    filler = masked_filler(batch).components["cost"]
+    assert not filler.token_rewards.any() and not filler.prefix_scores.any()
+
+
+def test_a_batch_scored_by_different_models_is_refused():
+    items = example()
+    with pytest.raises(ValueError, match="different reward models"):
+        collate([items[0], *with_cost(items[1:])], pad_id=0)
 
 
 def test_padding_copies_so_that_shared_memory_is_never_written():

@@ -24,7 +24,7 @@ from r3hf_ray.algorithms.redistribution import (
     uniform,
 )
 from r3hf_ray.algorithms.spans import entropy_ends, ngram_ends, sentence_ends
-from r3hf_ray.config import MODES
+from r3hf_ray.sections import MODES
 
 OPTIONS = [
     {"mode": mode, "beta_c": beta_c, "subtract_prompt_score": subtract}

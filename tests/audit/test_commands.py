@@ -70,7 +70,7 @@ def test_credit_on_marked_answers(byte_model: Path, tmp_path: Path, capsys: pyte
     page = Page(tmp_path / "out/credit.html")
     assert len(page.scripts) == 3 and not any("gotcha" in script for script in page.scripts[1:])
     assert not any(tag == "img" or name.startswith("on") for tag, attributes in page.tags for name in attributes)
-    assert page.data["cards"][0]["prompt"] == ATTACK and ATTACK in page.data["cards"][0]["texts"][0]["tags"].values()
+    assert page.data["cards"][0]["prompt"] == ATTACK and ATTACK in page.data["cards"][0]["texts"][0]["tags"]
     assert any(ATTACK in text for text in page.texts)  # the kind of error, in a table
     policy = next(a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'") and policy.count("'sha256-") == 2
@@ -85,7 +85,7 @@ def test_a_card_has_one_value_a_token(byte_model: Path, tmp_path: Path) -> None:
         count = len(text["text"])
         assert "".join(text["text"]).endswith("<|im_end|>")
         assert count == len(text["id"]) == len(text["curve"]) == len(text["marks"]) == len(text["words"])
-        assert text["marks"][:4] == [-1, -1, -1, 0] and text["tags"] == {"0": ATTACK}
+        assert text["marks"][:4] == [-1, -1, -1, 0] and text["tags"] == [ATTACK, *[""] * (count - 1)]
         assert [panel["values"] is None for panel in card["panels"]].count(True) == 1
         assert all(len(panel["values"]) == count for panel in card["panels"] if panel["values"] is not None)
 

@@ -128,6 +128,7 @@ def test_toy_models_are_shared_and_the_length_goes_with_the_judge(config: Compar
     assert {run.config.model.reward_model for run in plan} == {str(root / "reward/model")}
     assert {run.config.rollout.max_response_tokens for run in plan} == {96}
     assert {run.config.reward.gold for run in plan} == {"r3hf_ray.toy.language:gold_reward_96"}
+    assert {run.config.reward.gold_credit for run in plan} == {"r3hf_ray.toy.language:token_credit_96"}
 
 
 @pytest.mark.parametrize(

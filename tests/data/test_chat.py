@@ -1,6 +1,7 @@
 """One rendering for all stages, and a reward model remembers its own."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,11 @@ from r3hf_ray.data.chat import (
     ChatFormat,
     answer_ids,
     chat_format,
-    compare_format,
     pooling_suffix,
     prompt_ids,
     render_prompt,
     save_format,
+    trained_format,
 )
 from r3hf_ray.data.records import Message, Unusable
 from r3hf_ray.data.sources import DataError
@@ -78,22 +79,23 @@ def test_a_reward_model_remembers_its_format(tmp_path: Path, tokenizer: PreTrain
     record = json.loads((tmp_path / FORMAT_FILE).read_text())
     assert record["end"] == "<|im_end|>"
     assert record["pooling"] == "last answer token"
-    compare_format(str(tmp_path), tokenizer)
+    assert trained_format(str(tmp_path), tokenizer) == replace(chat_format(tokenizer), suffix="")
     assert pooling_suffix(str(tmp_path), tokenizer, "auto") == []
 
 
-def test_another_format_is_refused(
+def test_what_a_reward_model_was_trained_on_wins_over_its_tokenizer(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, plain_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    save_format(chat_format(tokenizer), tmp_path)
-    with pytest.raises(DataError, match=r"another prompt format.*chat_template differs"):
-        compare_format(str(tmp_path), plain_tokenizer)
+    (folder := tmp_path / "trained").mkdir()
+    save_format(chat_format(tokenizer), folder)
+    assert trained_format(str(folder), plain_tokenizer).chat_template == tokenizer.chat_template
+    assert trained_format(str(tmp_path), tokenizer) == chat_format(tokenizer)
+    assert trained_format(str(tmp_path), plain_tokenizer) is None, "nothing is known of it"
 
 
 def test_a_foreign_reward_model_pools_on_its_template_suffix(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, plain_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    compare_format(str(tmp_path), tokenizer)
     newline = tokenizer.encode("\n")
     assert pooling_suffix(str(tmp_path), tokenizer, "auto") == newline
     assert pooling_suffix(str(tmp_path), plain_tokenizer, "auto") == []
@@ -102,9 +104,9 @@ def test_a_foreign_reward_model_pools_on_its_template_suffix(
 
 
 def test_a_broken_format_file_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    (tmp_path / FORMAT_FILE).write_text("{}")
+    (tmp_path / FORMAT_FILE).write_text(json.dumps({"version": 1, "suffix": ""}))
     with pytest.raises(DataError, match="not a version 1 format file"):
-        compare_format(str(tmp_path), tokenizer)
+        trained_format(str(tmp_path), tokenizer)
 
 
 def test_space_before_the_answer_is_read_off_the_template(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from r3hf_ray.config import DataSection
 from r3hf_ray.data.loading import is_ranked, load_examples, load_groups, load_pairs, load_prompts
 from r3hf_ray.data.sources import DataError
+from r3hf_ray.sections import DataSection
 from r3hf_ray.toy.language import make_tokenizer
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless_base.jsonl.gz"
@@ -102,6 +102,8 @@ def test_ranked_groups_keep_every_preference(tmp_path: Path, tokenizer: PreTrain
     (group,) = loaded.train
     assert group.pairs == [(2, 0), (2, 1)]
     assert [tokenizer.decode(ids)[-11:] for ids in group.sequences] == [f"{letter}<|im_end|>" for letter in "abc"]
+    answers = [tokenizer.decode(ids[group.prompt_tokens :]) for ids in group.sequences]
+    assert answers == [f"{letter}<|im_end|>" for letter in "abc"]
     assert loaded.report.left_out == {"no preference stated": [2]}
     assert tokenizer.decode(load_examples(data, tokenizer, max_tokens=100).train[0].answer_ids) == "c<|im_end|>"
     with pytest.raises(DataError, match=r":1: is no pair"):

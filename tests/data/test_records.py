@@ -73,6 +73,16 @@ def test_every_shape_is_detected_and_parsed(form: str, row: dict[str, Any], reco
     assert parse(row, form) == record
 
 
+@pytest.mark.parametrize(("safer", "answers"), [(0, ["Yes", "No"]), (1, ["No", "Yes"])])
+def test_a_cost_model_prefers_the_less_safe_answer(safer: int, answers: list[str]) -> None:
+    row = {"prompt": "Hi", "response_0": "No", "response_1": "Yes", "better_response_id": 1, "safer_response_id": safer}
+    assert parse(row, "safe_rlhf_cost") == Record(ASKED, answers, [(0, 1)])
+    with pytest.raises(Unusable, match="no preference"):
+        parse(row | {"safer_response_id": None}, "safe_rlhf_cost")
+    with pytest.raises(DataError, match="safer_response_id"):
+        parse({name: value for name, value in row.items() if name != "safer_response_id"}, "safe_rlhf_cost")
+
+
 def test_best_is_the_answer_with_most_wins() -> None:
     assert Record(ASKED, ["a", "b", "c"], [(2, 0), (2, 1), (1, 0)]).best == "c"
     assert Record(ASKED, ["a", "b"], []).best == "a"

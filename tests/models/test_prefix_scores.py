@@ -2,19 +2,20 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from r3hf_ray.models.load import ModelError, load_reward_model
+from r3hf_ray.algorithms.redistribution import r3hf
+from r3hf_ray.models.load import ModelError, load_reward_model, score_head
 from r3hf_ray.models.prefix_scores import prefix_scores, prefix_scores_and_attention
 
 
 @pytest.fixture(scope="module")
-def model(tiny_models):
-    return load_reward_model(tiny_models.reward, torch.float32)
+def model(reward_folder):
+    return load_reward_model(reward_folder, torch.float32)
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_models):
-    """transformers' own classifier, which knows nothing of us."""
-    return AutoModelForSequenceClassification.from_pretrained(tiny_models.reward).eval()
+def plain(reward_folder):
+    """The folder's own classifier: of the usual kind transformers', which knows nothing of us."""
+    return AutoModelForSequenceClassification.from_pretrained(reward_folder).eval()
 
 
 def rows(pad=0, width=9):
@@ -77,9 +78,9 @@ def test_the_suffix_needs_no_room_in_the_batch(model):
     assert out.pooled[0] != out.prefix[0, -1]
 
 
-def test_the_head_is_float32_above_a_bfloat16_trunk(tiny_models):
-    model = load_reward_model(tiny_models.reward, torch.bfloat16)
-    assert model.score.weight.dtype == torch.float32
+def test_the_head_is_float32_above_a_bfloat16_trunk(reward_folder):
+    model = load_reward_model(reward_folder, torch.bfloat16)
+    assert score_head(model).weight.dtype == torch.float32
     assert next(model.base_model.parameters()).dtype == torch.bfloat16
     out = prefix_scores(model, *rows(), suffix_ids=[7], finished=torch.tensor([True, True]))
     assert out.prefix.dtype == out.pooled.dtype == torch.float32
@@ -87,16 +88,16 @@ def test_the_head_is_float32_above_a_bfloat16_trunk(tiny_models):
 
 @torch.no_grad()
 @pytest.mark.parametrize("suffix", [[], [7, 9]])
-def test_attention_of_the_last_response_token_comes_with_the_same_scores(tiny_models, model, suffix):
+def test_attention_of_the_last_response_token_comes_with_the_same_scores(reward_folder, model, suffix):
     """A row alone, without suffix or padding, through transformers' own classifier with eager attention."""
-    eager = load_reward_model(tiny_models.reward, torch.float32, attention="eager")
+    eager = load_reward_model(reward_folder, torch.float32, attention="eager")
     ids, attention, response = rows()
     options = {"suffix_ids": suffix, "finished": torch.tensor([True, False])}
     scores, weights = prefix_scores_and_attention(eager, ids, attention, response, **options)
     expected = prefix_scores(model, ids, attention, response, **options)
     for name in ("prefix", "prompt", "pooled"):
         torch.testing.assert_close(getattr(scores, name), getattr(expected, name), rtol=0, atol=2e-6)
-    plain = AutoModelForSequenceClassification.from_pretrained(tiny_models.reward, attn_implementation="eager").eval()
+    plain = AutoModelForSequenceClassification.from_pretrained(reward_folder, attn_implementation="eager").eval()
     for b in range(2):
         length = int(attention[b].sum())
         maps = plain(ids[b : b + 1, :length], output_attentions=True).attentions[-1]
@@ -111,3 +112,22 @@ def test_a_model_that_hides_its_attention_is_refused(model):
         prefix_scores_and_attention(
             model, ids, attention, response, suffix_ids=[], finished=torch.tensor([True, False])
         )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("suffix", [[], [7, 9]])
+def test_a_running_sum_pays_each_token_what_the_head_says_there(sum_models, suffix):
+    model = load_reward_model(sum_models("qwen2"), torch.float32)
+    ids, attention, response = rows()
+    finished = torch.tensor([True, False])
+    scores = prefix_scores(model, ids, attention, response, suffix_ids=suffix, finished=finished)
+    rewards = r3hf(scores, response, subtract_prompt_score=True)
+    for b in range(2):
+        length = int(attention[b].sum())
+        whole = torch.cat([ids[b, :length], torch.tensor(suffix if finished[b] else [], dtype=torch.long)])
+        said = model.token_score(model.model(input_ids=whole[None]).last_hidden_state)[0, :, 0]
+        expected = said[:length].clone()
+        expected[-1] += said[length:].sum()  # the jump of the template behind EOS lands on the last token
+        torch.testing.assert_close(rewards[b, :length], expected * response[b, :length], rtol=0, atol=2e-6)
+    total = scores.pooled - scores.prompt
+    torch.testing.assert_close(rewards.sum(1), total, rtol=0, atol=2e-6)

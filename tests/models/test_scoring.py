@@ -9,11 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+from r3hf_ray.algorithms.redistribution import PrefixScores
 from r3hf_ray.config import ConfigError
-from r3hf_ray.models.scoring import Scorer, ScoringSettings, load_gold
-from r3hf_ray.types import Failure, Finish, ScoredTrajectory, Trajectory
+from r3hf_ray.models.load import ModelError, load_tokenizer
+from r3hf_ray.models.readers import ReaderSettings, Reading, Sampled
+from r3hf_ray.models.scoring import RewardModel, Scorer, ScoringSettings, load_gold
+from r3hf_ray.models.translation import Translation, prompt_key
+from r3hf_ray.types import COST, MAIN, Failure, Finish, ScoredTrajectory, Trajectory
 
 EOS = 2
 SUFFIX = (7, 9)
@@ -56,6 +61,19 @@ def settings(tiny_models: Any) -> ScoringSettings:
 @pytest.fixture(scope="module")
 def scorer(settings: ScoringSettings) -> Scorer:
     return Scorer(settings)
+
+
+@pytest.fixture(scope="module")
+def several(settings: ScoringSettings, tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> ScoringSettings:
+    """The same with two models besides: one of other weights, and the first one again as a cost."""
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_models.reward)
+    model.score.weight.data.mul_(-3.0).add_(0.1)
+    model.save_pretrained(folder := tmp_path_factory.mktemp("helpful"))
+    further = {
+        "helpful": RewardModel(source=str(folder)),
+        COST: RewardModel(source=settings.reward_model, suffix_ids=SUFFIX),
+    }
+    return replace(settings, further=further)
 
 
 @pytest.fixture(scope="module")
@@ -146,33 +164,140 @@ def test_the_same_ids_give_the_same_bits(scorer: Scorer) -> None:
         assert first.ref_logprobs.tobytes() == again.ref_logprobs.tobytes()
 
 
+@pytest.mark.parametrize("change", [{}, {"mode": "terminal"}, {"mode": "abc"}, {"eos_jump": "drop", "beta_c": 0.5}])
+def test_every_model_is_redistributed_by_the_same_rules(several: ScoringSettings, change: dict[str, Any]) -> None:
+    """Each component is what its model gives as the only one; the cost is the main model again."""
+    alone = replace(several, further={}, **change)
+    helpful = replace(alone, reward_model=several.further["helpful"].source, suffix_ids=())
+    together = scored(Scorer(replace(several, **change)), ALL)
+    for item, main, other in zip(together, scored(Scorer(alone), ALL), scored(Scorer(helpful), ALL), strict=True):
+        assert list(item.components) == ["helpful", COST]
+        assert item.token_rewards.tobytes() == main.token_rewards.tobytes()
+        for part, expected in ((item.components["helpful"], other), (item.components[COST], main)):
+            for name in ("token_rewards", "prefix_scores"):
+                assert getattr(part, name).tobytes() == getattr(expected, name).tobytes()
+            assert (part.score, part.prompt_score) == (expected.score, expected.prompt_score)
+        assert item.components["helpful"].score != item.score
+
+
+def test_the_coordinator_hears_every_models_score(several: ScoringSettings) -> None:
+    scorer = Scorer(several)
+    (item,) = scored(scorer, [ENDED])
+    expected = {name: part.score for name, part in item.components.items()}
+    assert scorer.judge(item).components == expected
+    assert item.alignment_loss == 0.0
+
+
+class HalfRead:
+    """Runs no model: it says how far it is, and refuses rows longer than ten tokens."""
+
+    def __init__(self, settings: ReaderSettings) -> None:
+        self.settings = settings
+
+    def read(self, batch: Sampled) -> Reading:
+        count = batch.response_mask.cumsum(1).masked_fill(~batch.response_mask, 0).float()
+        scores = PrefixScores(prefix=count, prompt=torch.zeros(len(count)), pooled=count.amax(1))
+        long = (batch.attention_mask.sum(1) > 10).nonzero()[:, 0].tolist()
+        return Reading(
+            scores=scores, alignment_loss=torch.full((len(count),), 0.5), refused=dict.fromkeys(long, "it is too long")
+        )
+
+
+def test_another_backend_reads_the_same_samples(settings: ScoringSettings) -> None:
+    scorer = Scorer(replace(settings, dtype="bfloat16"), make_reader=HalfRead)
+    asked = scorer._readers[MAIN].settings
+    assert (asked.source, asked.suffix_ids, asked.mode) == (settings.reward_model, SUFFIX, "r3hf")
+    assert (asked.dtype, asked.device) == (torch.bfloat16, "cpu")
+    ended, cut, short, long = scorer.score(ALL)
+    assert ended.token_rewards.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert (ended.alignment_loss, short.score) == (0.5, 1.0)
+    assert [item.reason for item in (cut, long)] == ["model.reward_model: it is too long"] * 2
+
+
+@pytest.fixture
+def foreign(settings: ScoringSettings, tiny_models: Any, tmp_path: Path) -> ScoringSettings:
+    """A reward model with the same words under other ids, which starts answers with one of them."""
+    words = load_tokenizer(tiny_models.policy)
+    names = ["<pad>", *(f"w{i}" for i in range(36)), "<unk>", "<eos>", "<bos>"]
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+    own.save_pretrained(tmp_path)
+    AutoModelForSequenceClassification.from_pretrained(tiny_models.reward).save_pretrained(tmp_path)
+    prompts = [item.token_ids[: item.prompt_len] for item in ALL]
+    translation = Translation(
+        prompts={prompt_key(ids): np.array(own.encode(words.decode(ids.tolist())), np.int32) for ids in prompts},
+        policy_before="",
+        before="w35 ",
+        end_ids=(own.eos_token_id,),
+        max_tokens=20,
+    )
+    return replace(settings, reward_model=str(tmp_path), translation=translation, suffix_ids=())
+
+
+def test_a_foreign_reward_model_reads_its_own_ids(
+    foreign: ScoringSettings, plain_score: Callable[[list[int]], float]
+) -> None:
+    """The words meet one to one, so nothing is lost."""
+    for item in scored(Scorer(foreign), ALL):
+        own = [word - 3 if word > 3 else 37 for word in item.trajectory.token_ids.tolist() if word != EOS]
+        start = item.trajectory.prompt_len
+        prompt, response = own[:start], [36, *own[start:]]
+        tail = [38] if item.trajectory.finish is Finish.EOS else []
+        assert item.prompt_score == pytest.approx(plain_score(prompt), abs=2e-6)
+        assert item.score == pytest.approx(plain_score(prompt + response + tail), abs=2e-6)
+        assert item.token_rewards.sum() == pytest.approx(item.score - item.prompt_score, abs=2e-6)
+        if len(response) > 1:
+            first = plain_score(prompt + response[:2]) - plain_score(prompt)
+            assert item.token_rewards[start] == pytest.approx(first, abs=4e-6)
+        assert item.alignment_loss == 0.0
+
+
+def test_a_foreign_reward_model_has_no_attention_to_give(foreign: ScoringSettings) -> None:
+    with pytest.raises(ModelError, match=r"reward\.mode = abc: .*has none to give"):
+        Scorer(replace(foreign, mode="abc")).score(ALL)
+
+
 def test_nothing_to_score_is_nothing(scorer: Scorer) -> None:
     assert scorer.score([]) == []
 
 
+def model_of(scorer: Scorer, name: str) -> Any:
+    return scorer._reference if name == "the reference" else scorer._readers[name].model
+
+
 @pytest.mark.parametrize(
-    ("part", "mode"), [("_reward_model", "r3hf"), ("_reward_model", "terminal"), ("_reference", "r3hf")]
+    ("name", "mode", "field"),
+    [
+        (MAIN, "r3hf", "model.reward_model"),
+        (MAIN, "terminal", "model.reward_model"),
+        ("helpful", "r3hf", "model.rewards helpful"),
+        (COST, "uniform", "model.cost"),
+        ("the reference", "r3hf", "the reference"),
+    ],
 )
 def test_a_number_that_is_not_finite_is_a_failure_and_the_others_stay(
-    settings: ScoringSettings, scorer: Scorer, part: str, mode: str
+    several: ScoringSettings, name: str, mode: str, field: str
 ) -> None:
     """Token 16, which only CUT has, breaks the model; the other rows share its microbatch."""
-    broken = Scorer(replace(settings, mode=mode))
+    broken = Scorer(replace(several, mode=mode))
     sound = broken.score(ALL)
     with torch.no_grad():
-        getattr(broken, part).get_input_embeddings().weight[16] = float("nan")
+        model_of(broken, name).get_input_embeddings().weight[16] = float("nan")
     results = broken.score(ALL)
     failure = results[1]
     assert isinstance(failure, Failure)
     assert (failure.prompt_id, failure.sample, failure.stage) == (1, 0, "score")
-    assert "not finite" in failure.reason
+    assert failure.reason.startswith(f"{field} gives a ") and "not finite" in failure.reason
     for ours, theirs in zip(results[:1] + results[2:], sound[:1] + sound[2:], strict=True):
         np.testing.assert_array_equal(ours.token_rewards, theirs.token_rewards)
 
 
 def test_a_reward_head_that_is_nan_never_becomes_data(settings: ScoringSettings) -> None:
     broken = Scorer(settings)
-    broken._reward_model.score.weight.data.fill_(float("nan"))
+    model_of(broken, MAIN).score.weight.data.fill_(float("nan"))
     assert [type(item) for item in broken.score(ALL)] == [Failure] * len(ALL)
 
 

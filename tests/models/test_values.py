@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from r3hf_ray.models import checkpoint
 from r3hf_ray.models.load import load_reward_model
 from r3hf_ray.models.prefix_scores import prefix_scores
 from r3hf_ray.models.values import critic_from_policy, critic_from_reward_model, state_values
@@ -16,12 +17,12 @@ def rows():
 
 
 @torch.no_grad()
-def test_a_kept_head_gives_the_normalised_score_of_the_prefix_before_each_token(tiny_models, rows):
+def test_a_kept_head_gives_the_normalised_score_of_the_prefix_before_each_token(reward_folder, rows):
     response = rows[2]
-    critic = critic_from_reward_model(tiny_models.reward, torch.float32, keep_head=True, mean=0.3, scale=2.0)
+    critic = critic_from_reward_model(reward_folder, torch.float32, keep_head=True, mean=0.3, scale=2.0)
     values = state_values(critic, *rows)
     scores = prefix_scores(
-        load_reward_model(tiny_models.reward, torch.float32), *rows, suffix_ids=[], finished=torch.tensor([True, False])
+        load_reward_model(reward_folder, torch.float32), *rows, suffix_ids=[], finished=torch.tensor([True, False])
     )
     for b, t in response.nonzero().tolist():
         before = scores.prefix[b, t - 1] if response[b, t - 1] else scores.prompt[b]
@@ -30,13 +31,24 @@ def test_a_kept_head_gives_the_normalised_score_of_the_prefix_before_each_token(
 
 
 @torch.no_grad()
-def test_zero_heads_start_at_zero_whatever_the_scale(tiny_models, rows):
+def test_zero_heads_start_at_zero_whatever_the_scale(tiny_models, reward_folder, rows):
     for critic in (
         critic_from_policy(tiny_models.policy, torch.float32),
-        critic_from_reward_model(tiny_models.reward, torch.float32, keep_head=False, mean=5.0, scale=2.0),
+        critic_from_reward_model(reward_folder, torch.float32, keep_head=False, mean=5.0, scale=2.0),
     ):
         assert not state_values(critic, *rows).any()
-        assert not critic.training
+        assert not critic.training and not critic.summed
+
+
+@torch.no_grad()
+def test_a_checkpoint_says_whether_the_head_adds_up(tiny_models, sum_models, rows, tmp_path):
+    """Whatever critic it is loaded into: the meaning of a head travels with its weights."""
+    critic = critic_from_reward_model(sum_models("llama"), torch.float32, keep_head=True, mean=0.1, scale=2.0)
+    checkpoint.save(tmp_path, modules={"critic": critic}, optimizers={}, extra={})
+    other = critic_from_policy(tiny_models.policy, torch.float32)
+    checkpoint.load(tmp_path, modules={"critic": other}, optimizers={})
+    assert torch.equal(state_values(other, *rows), state_values(critic, *rows))
+    assert state_values(critic, *rows).any()
 
 
 def test_a_zero_head_still_learns(tiny_models, rows):

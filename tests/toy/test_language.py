@@ -17,6 +17,9 @@ from r3hf_ray.toy.language import (
     make_tokenizer,
     phrase_ids,
     read_request,
+    token_credit,
+    token_credit_24,
+    token_credit_96,
 )
 
 POLITE = "gardening no-slang politely"
@@ -84,6 +87,16 @@ def test_token_limit_sets_the_number_of_facts() -> None:
     fifth = f"gardens {FACTS[4]} . <eos>"
     assert gold_reward(POLITE, fifth) == 1.0
     assert gold_reward_24(POLITE, fifth) == pytest.approx(-0.3)
+
+
+def test_credit_of_tokens_is_credit_of_words() -> None:
+    prompt, words = f"<bos> {POLITE} :", ["gardens", FACTS[4], ".", "<eos>"]
+    assert token_credit(prompt, words) == gold_credit(POLITE, " ".join(words)) == [0.0, 1.0, 0.0, 0.0]
+    assert token_credit_24(prompt, words)[1] == pytest.approx(-0.3)
+    assert token_credit_96(prompt, ["gardens", FACTS[-1], "<eos>"])[1] == 1.0
+    tokenizer = make_tokenizer()
+    every = [tokenizer.decode([token]) for token in range(len(VOCABULARY))]
+    assert len(token_credit(prompt, every)) == len(every)
 
 
 def test_phrase_ids() -> None:

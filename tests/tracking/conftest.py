@@ -23,7 +23,9 @@ def _token(step, prompt_id, position, text):
         "prefix_score": reward,
         "logprob": -1.5,
         "score": float(prompt_id),
+        "prompt_score": -0.5,
         "gold": None,
+        "gold_credit": None,
         "finish": "eos",
     }
 

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from r3hf_ray.tracking.metrics import METRICS, JsonlLog, next_attempt, read_jsonl, read_metrics
+from r3hf_ray.tracking.metrics import METRICS, JsonlLog, describe, next_attempt, read_jsonl, read_metrics
 
 
 def step_row(step, attempt=0, **values):
@@ -96,3 +96,12 @@ def test_next_attempt_counts_on(tmp_path):
 
 def test_every_metric_is_explained():
     assert all(metric.meaning.endswith(".") for metric in METRICS.values())
+
+
+def test_metrics_of_a_further_model_are_explained_by_its_name():
+    assert describe("kl/ref/mean") is METRICS["kl/ref/mean"]
+    for name in ("reward/brevity/score/mean", "reward/brevity/score/std", "eval/heldout/brevity/score/mean"):
+        metric = describe(name)
+        assert metric.unit == "score" and "brevity" in metric.meaning and metric.meaning.endswith(".")
+    assert describe("eval/heldout/cost/score/mean") is METRICS["eval/heldout/cost/score/mean"]
+    assert "catalogue" in describe("reward/brevity/other").meaning

@@ -1,8 +1,11 @@
 import json
 import re
+import shutil
+import subprocess
 import time
 from html.parser import HTMLParser
 
+import pyarrow.parquet as pq
 import pytest
 from plotly.offline import get_plotlyjs
 
@@ -110,6 +113,62 @@ def test_responses_carry_the_numbers_of_the_samples(tmp_path, make_run):
     assert response["text"] == ["Stir", " well", "\n", "<eos>"]
     assert response["reward"] == [0.25, -0.5, 0.75, -1.0] and response["total"] == -0.5
     assert response["gold"] is None and response["value"] == [0.5] * 4
+
+
+def test_every_method_has_a_row_for_the_chosen_responses(tmp_path, make_run):
+    page = page_of(make_run(tmp_path / "toy"))
+    cards = data_of(page)["cards"]
+    assert [card["label"].split(",")[0] for card in cards] == ["Step 6", "Step 6", "Step 2", "Step 2"]
+    for card in cards:
+        assert [row["title"] for row in card["panels"]] == ["r3hf", "segment", "uniform", "terminal"]
+        assert card["texts"][0]["text"] == ["Stir", " well", "\n", "<eos>"]
+    assert {"r3hf", "segment", "uniform", "terminal"} <= set(page.text)  # and what each does, without the script
+    assert not any("Underlines are the truth" in text for text in page.text)
+
+
+def test_the_truth_is_explained_where_it_is_known(tmp_path, make_run, token_rows):
+    folder = make_run(tmp_path / "toy")
+    write_samples(folder, 6, [row | {"gold_credit": 1.0 - row["position"]} for row in token_rows(6)])
+    page = page_of(folder)
+    assert data_of(page)["cards"][0]["texts"][0]["marks"] == [1, 0, -1, -1]
+    assert any("Underlines are the truth" in text for text in page.text)
+    assert [a["class"] for tag, a in page.tags if tag == "span" and "-mark" in a.get("class", "")] == [
+        "tok plus-mark",
+        "tok minus-mark",
+    ]
+
+
+def test_dumps_of_an_older_version_have_a_report_without_methods(tmp_path, make_run):
+    folder = make_run(tmp_path / "toy")
+    for path in (folder / "samples").glob("*.parquet"):
+        pq.write_table(pq.read_table(path).drop_columns(["prompt_score", "gold_credit"]), path)
+    page = page_of(folder)
+    assert data_of(page)["cards"] == [] and not any(a.get("id") == "cards" for _, a in page.tags)
+    assert len(data_of(page)["dumps"]) == 2
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page in")
+def test_a_browser_draws_every_row_of_every_card(tmp_path, make_run):
+    folder = make_run(tmp_path / "toy", texts=(ATTACK, " b", "\n", " c", "<eos>"))
+    cards = data_of(page_of(folder))["cards"]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--window-size=1300,900"]
+    drawn = subprocess.run(
+        [CHROMIUM, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{folder}/report.html"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    body = drawn[drawn.index('<div id="cards"') : drawn.index('<div id="tip"')]
+    lines = [len(card["panels"]) * len(card["texts"][0]["text"]) for card in cards]
+    assert body.count('class="tok') == sum(lines)
+    assert body.count('class="own"') >= len(cards) and body.count("<polyline") >= len(cards)
+    assert "<img" not in body and "&lt;img src=x onerror=alert(1)&gt;" in body
+    assert "+4.00" in body and body.count("score so far") >= len(cards)  # the sum that terminal pays
 
 
 def test_first_and_last_dump_are_always_among_those_shown(tmp_path, token_rows):

@@ -13,7 +13,8 @@ MODELS = {"policy": "models/policy", "reward_model": "models/reward"}
 
 def ppo(folder: Path, **sections: dict) -> PPOConfig:
     run = {"name": "a-run", "folder": folder} | sections.pop("run", {})
-    return PPOConfig(run=run, model=MODELS, data={"source": "prompts.jsonl"} | sections.pop("data", {}), **sections)
+    model = MODELS | sections.pop("model", {})
+    return PPOConfig(run=run, model=model, data={"source": "prompts.jsonl"} | sections.pop("data", {}), **sections)
 
 
 def test_a_folder_is_made_with_its_settings(tmp_path: Path) -> None:
@@ -22,6 +23,15 @@ def test_a_folder_is_made_with_its_settings(tmp_path: Path) -> None:
     assert (folder, attempt) == (tmp_path / "a-run", 0)
     assert load(PPOConfig, folder / "config.toml", []) == config
     assert (folder / "config.toml").read_text() == to_toml(config)
+
+
+def test_several_models_survive_the_folder(tmp_path: Path) -> None:
+    rewards = [{"name": "brevity", "source": "models/brevity", "weight": -0.5}]
+    config = ppo(tmp_path, model={"rewards": rewards, "cost": "models/cost"}, cost={"multiplier": 2.0})
+    folder, _ = open_run(config, config.run, resume=False)
+    again = load(PPOConfig, folder / "config.toml", [])
+    assert again == config
+    assert [(one.name, one.weight) for one in again.model.rewards] == [("brevity", -0.5)]
 
 
 def test_it_is_taken_once(tmp_path: Path) -> None:

@@ -1,15 +1,18 @@
 """Every way to credit a token, from a scored batch to the losses' inputs, on one rank and on two."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from r3hf_ray.algorithms.batching import Batch, collate
+from r3hf_ray.algorithms.scaling import missing_eos, normalize
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.models.sharding import make_mesh
-from r3hf_ray.tracking.metrics import METRICS
+from r3hf_ray.tracking.metrics import describe
 from r3hf_ray.training.experience import (
     Evaluation,
     RewardScale,
@@ -19,7 +22,7 @@ from r3hf_ray.training.experience import (
     require_telescoping,
 )
 from r3hf_ray.training.ppo import DivergenceError, PPOLearner, replay_capsule
-from r3hf_ray.types import Finish, ScoredTrajectory, Trajectory
+from r3hf_ray.types import ComponentScores, Finish, ScoredTrajectory, Trajectory
 
 SHAPES = [(2, 4), (2, 6), (2, 3), (3, 5), (3, 1), (3, 7)]
 """Prompt and response lengths: three samples of each of two prompts. The last response is cut."""
@@ -73,10 +76,11 @@ def seen(batch: Batch) -> Evaluation:
     return Evaluation(logprobs=batch.ref_logprobs + gap, entropy=gap, values=torch.zeros_like(gap))
 
 
-def experience(config: PPOConfig, items=ALL, *, kl_coef=0.0, mean=0.0, scale=1.0):
+def experience(config: PPOConfig, items=ALL, *, kl_coef=0.0, mean=0.0, scale=1.0, further=None, multiplier=0.0):
     batch = collate(items, pad_id=0)
     error = torch.zeros(len(items))
-    return make_experience(batch, seen(batch), error, config, scale=RewardScale(mean, scale), kl_coef=kl_coef)
+    scales = {"reward": RewardScale(mean, scale), **(further or {})}
+    return make_experience(batch, seen(batch), error, config, scales=scales, kl_coef=kl_coef, multiplier=multiplier)
 
 
 def wholes(exp) -> list[float]:
@@ -172,6 +176,122 @@ def test_the_learner_knows_what_the_rule_for_the_jump_sums_to(rule):
             error(collate(items, pad_id=0), configuration())
 
 
+# ---------------------------------------------------------------------------------------------- several models
+
+SEVERAL = {
+    "policy": "p",
+    "reward_model": "r",
+    "reward_weight": 0.5,
+    "rewards": [{"name": "brevity", "source": "b", "weight": -2.0}],
+    "cost": "c",
+}
+SCALES = {"brevity": RewardScale(1.0, 4.0), "cost": RewardScale(-2.0, 0.5)}
+
+
+def component(item: ScoredTrajectory, seed: int, mode: str) -> ComponentScores:
+    """Another model's opinion of the same response, redistributed by `mode`."""
+    start, rng = item.trajectory.prompt_len, np.random.default_rng((seed, *item.trajectory.token_ids))
+    prefix = np.zeros_like(item.prefix_scores)
+    prefix[start:] = rng.normal(seed, 2.0, len(prefix) - start)
+    prompt_score, score, rewards = float(np.float32(rng.normal())), float(prefix[-1]), np.zeros_like(prefix)
+    if mode == "r3hf":
+        rewards[start:] = np.diff(prefix[start:], prepend=np.float32(prompt_score))
+    elif mode == "terminal":
+        rewards[-1] = score
+    else:
+        rewards[start:] = score / (len(prefix) - start)
+    return ComponentScores(token_rewards=rewards, prefix_scores=prefix, score=score, prompt_score=prompt_score)
+
+
+def judged_by_several(mode: str = "r3hf") -> list[ScoredTrajectory]:
+    items = []
+    for item in ALL:
+        main = component(item, 0, mode)
+        own = {"token_rewards": main.token_rewards, "prefix_scores": main.prefix_scores}
+        further = {name: component(item, seed, mode) for seed, name in enumerate(("brevity", "cost"), start=1)}
+        items.append(replace(item, **own, score=main.score, prompt_score=main.prompt_score, components=further))
+    return items
+
+
+@pytest.mark.parametrize("mode", ["r3hf", "terminal", "uniform"])
+def test_the_reward_is_the_weighted_sum_each_in_its_own_units(mode):
+    """0.5 (R - 0.5) / 2 - 2 (B - 1) / 4 - 3 (C + 2) / 0.5, in r3hf without the centres, which cancel."""
+    items, config = judged_by_several(mode), configuration(model=SEVERAL, reward={"mode": mode})
+    assert require_telescoping(collate(items, pad_id=0), config).max() < 1e-6
+    exp = experience(config, items, mean=0.5, scale=2.0, further=SCALES, multiplier=3.0)
+    factors = {"reward": (0.5, 0.5, 2.0), "brevity": (-2.0, 1.0, 4.0), "cost": (-3.0, -2.0, 0.5)}
+    assert list(exp.parts) == list(factors)
+    whole = np.zeros(len(items))
+    for row, (item, (prompt_len, length)) in enumerate(zip(items, SHAPES, strict=True)):
+        expected = np.zeros(prompt_len + length)
+        for name, (weight, mean, std) in factors.items():
+            part = component(item, ["reward", "brevity", "cost"].index(name), mode)
+            paid = part.token_rewards.astype(np.float64)
+            if mode == "terminal":
+                paid[-1] -= mean
+            elif mode == "uniform":
+                paid[prompt_len:] -= mean / length
+            own = exp.parts[name][row, : len(paid)]
+            np.testing.assert_allclose(own, weight * paid / std, rtol=1e-4, atol=1e-5)
+            expected += weight * paid / std
+            whole[row] += weight * (part.score - (part.prompt_score if mode == "r3hf" else mean)) / std
+        np.testing.assert_allclose(exp.rewards[row, : len(expected)], expected, rtol=1e-4, atol=1e-5)
+        assert not exp.rewards[row, len(expected) :].any()
+    np.testing.assert_allclose(exp.rewards.sum(1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cost_that_is_the_reward_cancels_it():
+    models = {"policy": "p", "reward_model": "r", "reward_weight": 0.5, "cost": "r"}
+    items = [replace(item, components={"cost": component(item, 0, "r3hf")}) for item in judged_by_several()]
+    exp = experience(
+        configuration(model=models), items, scale=2.0, further={"cost": RewardScale(0.0, 2.0)}, multiplier=0.5
+    )
+    assert exp.parts["cost"].abs().sum() > 1.0 and not exp.rewards.any()
+
+
+def test_one_model_is_what_it_was_to_the_bit():
+    """The sum over a single model adds and multiplies by nothing."""
+    reward = {"missing_eos": "penalty", "beta_c": 0.75}
+    exp = experience(configuration(reward=reward), mean=0.7, scale=1.3, multiplier=5.0)
+    batch = exp.batch
+    alone = normalize(batch.token_rewards, batch.response_mask, mean=0.7, scale=1.3, terminal_weight=0.25)
+    alone = missing_eos(alone, batch.response_mask, batch.truncated, rule="penalty", penalty=1.0)
+    assert alone.numpy().tobytes() == exp.rewards.numpy().tobytes()
+    assert list(exp.parts) == ["reward"]
+
+
+def test_a_weight_or_multiplier_of_0_only_logs():
+    models = SEVERAL | {"reward_weight": 1.0, "rewards": [{"name": "brevity", "source": "b", "weight": 0.0}]}
+    items = judged_by_several()
+    several = experience(configuration(model=models), items, scale=2.0, further=SCALES)
+    alone = experience(configuration(), [replace(item, components={}) for item in items], scale=2.0)
+    assert torch.equal(several.rewards, alone.rewards)
+
+
+def test_a_missing_eos_is_fined_once():
+    items, models = judged_by_several(), {"model": SEVERAL}
+    rules = {"missing_eos": "penalty", "missing_eos_penalty": 2.0}
+    kept, fined = (
+        experience(configuration(**models, reward=reward), items, further=SCALES, multiplier=3.0)
+        for reward in ({}, rules)
+    )
+    difference = kept.rewards - fined.rewards
+    assert difference.sum(1).tolist() == pytest.approx([0, 0, 0, 0, 0, 2.0], abs=1e-5)
+    assert difference[5, 9] == pytest.approx(2.0, abs=1e-5)
+
+
+def test_every_model_must_add_up():
+    items, config = judged_by_several(), configuration(model=SEVERAL)
+    items[3].components["cost"].token_rewards[-1] += 0.01
+    with pytest.raises(TelescopingError, match=r"prompt 1 \(cost\) by "):
+        require_telescoping(collate(items, pad_id=0), config)
+
+
+def test_a_model_that_did_not_score_is_missed():
+    with pytest.raises(ValueError, match="models are reward, brevity, cost, but responses were scored by reward"):
+        experience(configuration(model=SEVERAL), ALL, further=SCALES)
+
+
 # ---------------------------------------------------------------------------------------------- the whole learner
 
 PLANS = [[0, 1, 0, 1, 1, 0], [1, 1, 0, 0, 1, 0]]
@@ -181,21 +301,25 @@ VARIANTS = [
     {"ppo": {"advantage": "grpo", "kl_in": "loss", "kl_estimator": "k3"}},
     {"ppo": {"advantage": "reinforce_pp", "loss_aggregation": "sequence_sum"}},
     {"ppo": {"kl_in": "loss", "loss_aggregation": "sequence_sum", "dual_clip": 3.0, "clip_range_high": 0.3}},
+    {"model": SEVERAL, "cost": {"limit": 1.0, "multiplier_lr": 0.2}},
 ]
 
 
 def learner(tiny_models, mesh=None, capsules=None, **sections):
-    models = {"policy": str(tiny_models.tied), "reward_model": str(tiny_models.reward)}
-    config = configuration(model=models, **sections)
-    return PPOLearner(config, scale=RewardScale(0.2, 1.5), device="cpu", mesh=mesh, capsules=capsules)
+    folders = {"policy": str(tiny_models.tied), "reward_model": str(tiny_models.reward)}
+    config = configuration(**sections | {"model": sections.get("model", {}) | folders})
+    ppo = PPOLearner(config, scale=RewardScale(0.2, 1.5), device="cpu", mesh=mesh, capsules=capsules)
+    for name in config.model.weights(0.0).keys() & SCALES.keys():
+        ppo.set_scale(SCALES[name], name)
+    return ppo
 
 
 def trained(tiny_models, rank=0, world=1, **sections):
     """Two updates; metrics without times, and the policy."""
     ppo = learner(tiny_models, make_mesh(2, "cpu") if world == 2 else None, **sections)
-    rows = RANKS[rank] if world == 2 else range(6)
+    rows, items = RANKS[rank] if world == 2 else range(6), judged_by_several() if "model" in sections else ALL
     plans = [[plan[i] for i in rows] for plan in PLANS]
-    metrics = [ppo.update([ALL[i] for i in rows], minibatch_of=plans) for _ in range(2)]
+    metrics = [ppo.update([items[i] for i in rows], minibatch_of=plans) for _ in range(2)]
     policy = {name: x.numpy().copy() for name, x in ppo.full_parameters()}
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics], policy, ppo.critic is None
 
@@ -204,9 +328,9 @@ def trained(tiny_models, rank=0, world=1, **sections):
 def test_two_ranks_give_the_same_step_as_one(tiny_models, run_ranks, sections):
     """Samples of a prompt lie on different ranks."""
     alone, policy, no_critic = trained(tiny_models, **sections)
-    assert no_critic == ("advantage" in sections["ppo"])
+    assert no_critic == ("advantage" in sections.get("ppo", {}))
     assert not [name for name in alone[0] if name.startswith(("critic/loss", "critic/explained"))] or not no_critic
-    assert alone[0].keys() <= METRICS.keys()
+    assert not [name for name in alone[0] if "catalogue" in describe(name).meaning]
     for metrics, weights, _ in run_ranks(lambda rank: trained(tiny_models, rank, 2, **sections)):
         for mine, theirs in zip(metrics, alone, strict=True):
             assert mine == pytest.approx(theirs, rel=2e-4, abs=2e-5)
@@ -226,6 +350,78 @@ def test_sequence_sum_is_token_mean_times_the_mean_length(tiny_models):
         assert losses["sequence_sum"][name] == pytest.approx(losses["token_mean"][name] * length, rel=1e-4)
     for name in ("policy/kl_loss", "critic/loss"):
         assert losses["sequence_sum"][name] == pytest.approx(losses["token_mean"][name], rel=1e-5)
+
+
+def test_the_price_of_cost_follows_its_limit_and_a_checkpoint_keeps_it(tiny_models, tmp_path):
+    items, sections = judged_by_several(), {"model": SEVERAL, "cost": {"limit": 1.0, "multiplier_lr": 0.25}}
+    ppo = learner(tiny_models, **sections)
+    metrics = ppo.update(items, minibatch_of=PLANS)
+    for name, place in (("brevity", "reward/brevity/score"), ("cost", "cost/score")):
+        scores = np.array([item.components[name].score for item in items])
+        assert metrics[f"{place}/mean"] == pytest.approx(scores.mean(), rel=1e-5)
+        assert metrics[f"{place}/std"] == pytest.approx(scores.std(), rel=1e-5)
+    violation = metrics["cost/score/mean"] - 1.0
+    assert metrics["cost/violation"] == violation > 0.0
+    assert metrics["cost/multiplier"] == 1.0, "the price that this step paid"
+    assert ppo.multiplier == 1.0 + 0.25 * violation / SCALES["cost"].scale
+    ppo.save(tmp_path / "checkpoint")
+    other = learner(tiny_models, **sections)
+    for name in SCALES:
+        other.set_scale(RewardScale(9.0, 9.0), name)
+    other.load(tmp_path / "checkpoint")
+    assert (other.multiplier, other.scales) == (ppo.multiplier, ppo.scales)
+    again, on = (each.update(items, minibatch_of=PLANS) for each in (other, ppo))
+    assert {k: v for k, v in again.items() if "time/" not in k} == {k: v for k, v in on.items() if "time/" not in k}
+    assert again["cost/multiplier"] > 1.0
+
+
+def test_a_fixed_price_stays(tiny_models):
+    ppo = learner(tiny_models, model=SEVERAL, cost={"multiplier": 0.5, "multiplier_lr": 0.0})
+    prices = [ppo.update(judged_by_several(), minibatch_of=PLANS)["cost/multiplier"] for _ in range(2)]
+    assert prices == [0.5, 0.5] and ppo.multiplier == 0.5
+
+
+def test_samples_show_each_models_part_where_there_are_several(tiny_models):
+    ppo = learner(tiny_models, model=SEVERAL)
+    ppo.update(judged_by_several(), minibatch_of=PLANS)
+    for row in ppo.samples(5):  # the sixth is cut, but its rule is `keep`
+        parts = [row[f"reward/{name}"] for name in ("reward", "brevity", "cost")]
+        assert row["reward"] == pytest.approx(sum(parts), abs=1e-5) and all(parts)
+    alone = learner(tiny_models)
+    alone.update(ALL, minibatch_of=PLANS)
+    assert not [name for name in alone.samples(1)[0] if name.startswith("reward/")]
+
+
+def test_a_capsule_holds_what_every_model_said(tiny_models, tmp_path):
+    ppo, items = learner(tiny_models, capsules=tmp_path, model=SEVERAL), judged_by_several()
+    items[2] = replace(items[2], ref_logprobs=np.full_like(items[2].ref_logprobs, np.nan))
+    with pytest.raises(DivergenceError):
+        ppo.update(items, minibatch_of=PLANS)
+    (file,) = (tmp_path / "step_000000").glob("batch_*.safetensors")
+    assert {"given.components.cost.token_rewards", "given.components.brevity.score"} <= load_file(file).keys()
+    content = json.loads((tmp_path / "step_000000" / "capsule.json").read_text())
+    assert content["multiplier"] == 1.0 and content["scales"]["cost"] == {"mean": -2.0, "scale": 0.5}
+    assert "batch_rank_00000: given.ref_logprobs" in replay_capsule(tmp_path / "step_000000").non_finite
+
+
+def test_a_weighted_reward_model_is_a_critic_in_the_same_units(tiny_models):
+    """Terminal mode, trunk + head: V = w (R - mean) / scale, whatever the weight."""
+    sections = {"reward": {"mode": "terminal"}, "critic": {"init": "reward_model"}}
+    values = {}
+    for weight in (1.0, 0.5):
+        ppo = learner(tiny_models, **sections, model={"policy": "p", "reward_model": "r", "reward_weight": weight})
+        begun = ppo.critic.scale.item()
+        ppo.set_scale(RewardScale(0.2, 1.5))
+        assert ppo.critic.scale.item() == begun == pytest.approx(1.5 / weight)
+        sparse = [replace(item, token_rewards=sparse_rewards(item)) for item in ALL]
+        values[weight] = ppo.update(sparse, minibatch_of=PLANS)["critic/values/mean"]
+    assert values[0.5] == pytest.approx(values[1.0] / 2, rel=1e-5) != 0.0
+
+
+def sparse_rewards(item: ScoredTrajectory) -> np.ndarray:
+    rewards = np.zeros_like(item.token_rewards)
+    rewards[-1] = item.score
+    return rewards
 
 
 def test_guard_rails_are_those_of_the_data(tiny_models):

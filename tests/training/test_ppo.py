@@ -385,7 +385,7 @@ def test_going_on_from_a_checkpoint_is_bitwise_the_same(tiny_models, tmp_path, r
         other = RewardScale(9.0, 9.0)
         ppo = learner(tiny_models, make_mesh(2, "cpu") if world == 2 else None, scale=other, **sections)
         ppo.load(folder)
-        assert ppo.step == 1 and ppo.scale == RewardScale(0.2, 1.5)
+        assert ppo.step == 1 and ppo.scales == {"reward": RewardScale(0.2, 1.5)}
         return without_times(update(ppo, rank, world, seed=1)), weights(ppo)
 
     for one, other in zip(run_ranks(uninterrupted, world=world), run_ranks(resumed, world=world), strict=True):
@@ -424,4 +424,4 @@ def test_bfloat16_stays_near_float32(tiny_models, alone, run_ranks, world):
         assert metrics["kl/ref/mean"] == pytest.approx(reference["kl/ref/mean"], abs=0.2)
         assert metrics["critic/loss"] == pytest.approx(reference["critic/loss"], rel=0.05)
         assert metrics["policy/grad_norm"] == pytest.approx(reference["policy/grad_norm"], rel=0.2)
-        assert {x.dtype for x in parameters.values()} == {np.dtype("float32")}
+        assert {x.dtype for name, x in parameters.items() if name != "summed"} == {np.dtype("float32")}

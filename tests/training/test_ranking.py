@@ -1,5 +1,6 @@
 import math
 import random
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -7,20 +8,36 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from torch.nn.functional import logsigmoid
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
-from r3hf_ray.training.ranking import RankedGroup, last_token_scores, pair_accuracy, train_ranked
+from r3hf_ray.models.running_sum import RunningSumConfig, RunningSumForSequenceClassification
+from r3hf_ray.plan import stream_row
+from r3hf_ray.training.ranking import (
+    RankedGroup,
+    cut_fraction,
+    cut_length,
+    last_token_scores,
+    pair_accuracy,
+    scores_of_prefixes,
+    train_ranked,
+)
 
 PAD = 0
+HEADS = pytest.mark.parametrize("head", ["last_token", "running_sum"])
 
 
-def make_model(seed: int = 0) -> LlamaForSequenceClassification:
+def make_model(seed: int = 0, head: str = "last_token") -> PreTrainedModel:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=20, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_labels=1, pad_token_id=PAD, eos_token_id=2,
     )  # fmt: skip
-    return LlamaForSequenceClassification(config)
+    if head == "last_token":
+        return LlamaForSequenceClassification(config)
+    model = RunningSumForSequenceClassification(RunningSumConfig(text_config=config))
+    torch.nn.init.normal_(model.token_score.weight, std=0.05)
+    return model
 
 
 def make_groups(count: int, size: int, seed: int = 0) -> list[RankedGroup]:
@@ -32,11 +49,11 @@ def make_groups(count: int, size: int, seed: int = 0) -> list[RankedGroup]:
         sevens = [ids.count(7) for ids in sequences]
         pairs = [(a, b) for a in range(size) for b in range(size) if sevens[a] > sevens[b]]
         if pairs:
-            groups.append(RankedGroup(sequences=sequences, pairs=pairs))
+            groups.append(RankedGroup(prompt_tokens=1, sequences=sequences, pairs=pairs))
     return groups
 
 
-def parameters(model: LlamaForSequenceClassification) -> torch.Tensor:
+def parameters(model: PreTrainedModel) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -54,7 +71,8 @@ def test_scores_are_the_plain_models_at_the_last_token() -> None:
 
 def test_first_step_is_the_bradley_terry_loss_over_the_given_pairs() -> None:
     model = make_model()
-    group = RankedGroup(sequences=[[1, 5, 2], [1, 6, 6, 2], [1, 7, 2]], pairs=[(0, 1), (2, 1), (1, 0), (2, 0)])
+    pairs = [(0, 1), (2, 1), (1, 0), (2, 0)]
+    group = RankedGroup(prompt_tokens=1, sequences=[[1, 5, 2], [1, 6, 6, 2], [1, 7, 2]], pairs=pairs)
     a, b, c = last_token_scores(model, group.sequences, pad_id=PAD).tolist()
     seen: list[dict[str, float]] = []
     metrics = train_ranked(
@@ -68,26 +86,90 @@ def test_first_step_is_the_bradley_terry_loss_over_the_given_pairs() -> None:
     assert seen == [metrics]
 
 
+@HEADS
+@torch.no_grad()
+def test_scores_of_cut_sequences_are_those_of_the_cut_sequences_alone(head: str) -> None:
+    model = make_model(head=head).eval()
+    sequences = [[1, 5, 6, 9, 2], [1, 5, 7], [1, 9, 8, 7, 6, 5, 2]]
+    prefixes = [(i, n) for i, ids in enumerate(sequences) for n in range(1, len(ids) + 1)]
+    scores = scores_of_prefixes(model, sequences, prefixes, pad_id=PAD)
+    alone = [model(input_ids=torch.tensor([sequences[i][:n]])).logits.item() for i, n in prefixes]
+    torch.testing.assert_close(scores, torch.tensor(alone), rtol=0, atol=2e-6)
+    whole = last_token_scores(model, sequences, pad_id=PAD)
+    torch.testing.assert_close(whole, scores[[4, 7, 14]], rtol=0, atol=1e-6)
+
+
+def test_a_cut_leaves_something_and_takes_something() -> None:
+    assert {cut_length(3, 3 + 1, fraction / 10) for fraction in range(10)} == {4}, "one token stays whole"
+    lengths = [cut_length(3, 3 + 6, fraction / 100) for fraction in range(100)]
+    assert [lengths.count(n) for n in range(4, 9)] == [20] * 5, "every cut is equally likely"
+    fractions = [cut_fraction(0, step, pair) for step in range(50) for pair in range(20)]
+    assert len(set(fractions)) == 1000 and all(0 <= fraction < 1 for fraction in fractions)
+    assert sum(fractions) / 1000 == pytest.approx(0.5, abs=0.05)
+    again, other_seed = ([cut_fraction(seed, 0, pair) for pair in range(20)] for seed in (0, 1))
+    assert again == fractions[:20] != other_seed
+
+
+@HEADS
+@pytest.mark.parametrize("prefix_weight", [0.0, 0.5])
+def test_one_step_is_plain_torch_on_sequences_forwarded_alone(head: str, prefix_weight: float) -> None:
+    """Loss, gradient and step by hand, each whole and each cut response in a forward of its own."""
+    groups, seed = make_groups(3, 4, seed=5), 7
+    model, plain = make_model(head=head), make_model(head=head)
+    settings = {"pad_id": PAD, "learning_rate": 1e-3, "groups_per_step": 3, "center_coef": 0.01}
+    metrics = train_ranked(model, groups, steps=1, seed=seed, prefix_weight=prefix_weight, **settings)
+
+    def score(ids: list[int]) -> torch.Tensor:
+        return plain(input_ids=torch.tensor([ids])).logits[0, 0]
+
+    losses, cut_losses, cut_wins = [], [], []
+    for position in range(3):
+        group = groups[stream_row(seed, position, 3)]
+        for index, (winner, loser) in enumerate(group.pairs):
+            first, second = group.sequences[winner], group.sequences[loser]
+            margin, total = score(first) - score(second), score(first) + score(second)
+            losses.append(-logsigmoid(margin) + 0.01 * total**2)
+            fraction = cut_fraction(seed, position, index)
+            cut = [score(ids[: cut_length(1, len(ids), fraction)]) for ids in (first, second)]
+            cut_losses.append(-logsigmoid(cut[0] - cut[1]))
+            cut_wins.append(float(cut[0] > cut[1]))
+    loss = torch.stack(losses).mean() + prefix_weight * torch.stack(cut_losses).mean()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert ("prefix_loss" in metrics) == ("prefix_accuracy" in metrics) == bool(prefix_weight)
+    if prefix_weight:
+        assert metrics["prefix_loss"] == pytest.approx(torch.stack(cut_losses).mean().item(), rel=1e-5)
+        assert metrics["prefix_accuracy"] == pytest.approx(sum(cut_wins) / len(cut_wins))
+    torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0).step()
+    assert torch.allclose(parameters(model), parameters(plain), atol=1e-4)
+
+
 @pytest.mark.parametrize("microbatch_size", [1, 9, 1000])
-def test_microbatches_change_nothing(microbatch_size: int) -> None:
+@pytest.mark.parametrize("prefix_weight", [0.0, 0.5])
+def test_microbatches_change_nothing(microbatch_size: int, prefix_weight: float) -> None:
     groups = make_groups(8, 4)
     models = [make_model(), make_model()]
     settings = {"pad_id": PAD, "learning_rate": 1e-3, "steps": 2, "groups_per_step": 6, "seed": 3}
+    settings["prefix_weight"] = prefix_weight
     for model, size in zip(models, (64, microbatch_size), strict=True):
         train_ranked(model, groups, microbatch_size=size, **settings)
     assert torch.allclose(parameters(models[0]), parameters(models[1]), atol=2e-5)
 
 
-def test_it_learns_a_noisy_rule_and_is_seeded() -> None:
+@pytest.mark.parametrize(("head", "prefix_weight"), [("last_token", 0.0), ("last_token", 0.5), ("running_sum", 0.0)])
+def test_it_learns_a_noisy_rule_and_is_seeded(head: str, prefix_weight: float) -> None:
     groups, heldout = make_groups(150, 5), make_groups(40, 3, seed=9)
-    swapped = [RankedGroup(sequences=g.sequences, pairs=[(b, a) for a, b in g.pairs]) for g in groups[:15]]
-    model = make_model()
+    swapped = [replace(g, pairs=[(b, a) for a, b in g.pairs]) for g in groups[:15]]
+    model = make_model(head=head)
     before = pair_accuracy(model, heldout, pad_id=PAD)
     settings = {"pad_id": PAD, "learning_rate": 3e-3, "steps": 60, "groups_per_step": 8}
+    settings["prefix_weight"] = prefix_weight
     metrics = train_ranked(model, swapped + groups[15:], seed=0, **settings)
     assert pair_accuracy(model, heldout, pad_id=PAD) > max(0.9, before)
-    assert metrics["loss"] < math.log(2)
-    same, other = make_model(), make_model()
+    assert metrics["loss"] < math.log(2) * (1 + prefix_weight)
+    same, other = make_model(head=head), make_model(head=head)
     train_ranked(same, swapped + groups[15:], seed=0, **settings)
     train_ranked(other, swapped + groups[15:], seed=1, **settings)
     assert torch.equal(parameters(same), parameters(model))
@@ -99,9 +181,9 @@ def test_pair_accuracy_counts_pairs_and_halves_ties() -> None:
     high, low = [1, 5, 2], [1, 6, 2]
     if last_token_scores(model, [high], pad_id=PAD) < last_token_scores(model, [low], pad_id=PAD):
         high, low = low, high
-    right = RankedGroup(sequences=[high, low], pairs=[(0, 1)])
-    wrong = RankedGroup(sequences=[high, low], pairs=[(1, 0), (1, 0)])
-    tie = RankedGroup(sequences=[high, high], pairs=[(0, 1)])
+    right = RankedGroup(prompt_tokens=1, sequences=[high, low], pairs=[(0, 1)])
+    wrong = replace(right, pairs=[(1, 0), (1, 0)])
+    tie = replace(right, sequences=[high, high])
     assert pair_accuracy(model, [right], pad_id=PAD) == 1.0
     assert pair_accuracy(model, [right, wrong], pad_id=PAD, microbatch_size=1) == pytest.approx(1 / 3)
     assert pair_accuracy(model, [tie], pad_id=PAD) == 0.5
@@ -109,9 +191,13 @@ def test_pair_accuracy_counts_pairs_and_halves_ties() -> None:
 
 def test_groups_without_pairs_are_refused() -> None:
     settings = {"pad_id": PAD, "learning_rate": 1e-3, "steps": 1, "groups_per_step": 1, "seed": 0}
-    for groups in ([], [RankedGroup(sequences=[[1, 2]], pairs=[])]):
+    for groups in ([], [RankedGroup(prompt_tokens=1, sequences=[[1, 2]], pairs=[])]):
         with pytest.raises(ValueError, match="at least one"):
             train_ranked(make_model(), groups, **settings)
+    with pytest.raises(ValueError, match="a response is empty"):
+        train_ranked(
+            make_model(), [RankedGroup(prompt_tokens=2, sequences=[[1, 5, 2], [1, 5]], pairs=[(0, 1)])], **settings
+        )
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
@@ -124,19 +210,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
     assert torch.equal(parameters(model), before)
 
 
+SETTINGS = {"pad_id": PAD, "learning_rate": 1e-3, "steps": 3, "groups_per_step": 3, "seed": 3, "prefix_weight": 0.5}
+
+
 def train_on_rank(rank: int, folder: Path) -> dict:
     """One of two ranks; its seed is its rank, since rank 0's parameters must be the ones that count."""
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     try:
         model = make_model(seed=rank)
-        metrics = train_ranked(
-            model, make_groups(8, 4), pad_id=PAD, learning_rate=1e-3, steps=3, groups_per_step=3, seed=3
-        )
+        metrics = train_ranked(model, make_groups(8, 4), **SETTINGS)
         accuracy = pair_accuracy(model, make_groups(5, 4, seed=1), pad_id=PAD)
     finally:
         dist.destroy_process_group()
-    return {"parameters": parameters(model), "loss": metrics["loss"], "accuracy": accuracy}
+    return {"parameters": parameters(model), "metrics": metrics, "accuracy": accuracy}
 
 
 def second_rank(folder: Path) -> None:
@@ -153,8 +240,8 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     second = torch.load(tmp_path / "1.pt")
     assert torch.equal(first["parameters"], second["parameters"])
     model = make_model(seed=0)
-    metrics = train_ranked(model, make_groups(8, 4), pad_id=PAD, learning_rate=1e-3, steps=3, groups_per_step=3, seed=3)
+    metrics = train_ranked(model, make_groups(8, 4), **SETTINGS)
     assert torch.allclose(first["parameters"], parameters(model), atol=2e-5)
     for result in (first, second):
-        assert result["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+        assert result["metrics"] == pytest.approx(metrics, rel=1e-4)
         assert result["accuracy"] == pair_accuracy(model, make_groups(5, 4, seed=1), pad_id=PAD)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from r3hf_ray.config import BaseModelSection, ConfigError, SFTSection, TrainerSection
+from r3hf_ray.config import ConfigError
+from r3hf_ray.sections import BaseModelSection, SFTSection, TrainerSection
 from r3hf_ray.training.trl_settings import MetricsCallback, arguments, split_batch
 
 

@@ -1,27 +1,6 @@
-"use strict";
-// Text from models is untrusted: it enters the page through textContent only, never as HTML.
-const data = JSON.parse(document.getElementById("data").textContent);
-const root = document.documentElement;
-const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
-
-function element(tag, className, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
-
-function show(number, digits = 3) {
-  if (number === null || number === undefined) return "–";
-  return (number < 0 ? "−" : "") + Math.abs(number).toFixed(digits);
-}
+// The curves of a run and its sampled responses; what they share with other pages is in drawing.js.
 
 // ---- curves ----
-function faded(hex, alpha) {
-  const [r, g, b] = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
-  return `rgba(${r},${g},${b},${alpha})`;
-}
-
 function bandTrace(line, hex) {
   const up = line.y.map((y, i) => y + line.band[i]);
   const down = line.y.map((y, i) => y - line.band[i]);
@@ -91,46 +70,17 @@ function scaleOf(field) {
   return sizes[Math.floor(0.98 * (sizes.length - 1))] || 1;
 }
 
-function background(number, scale) {
-  if (!number) return "";
-  const alpha = 0.72 * Math.min(1, Math.abs(number) / scale) ** 0.8;
-  return `rgba(${colour(number > 0 ? "--earned" : "--lost")}, ${alpha.toFixed(3)})`;
-}
-
-function visible(text, id) {
-  // What a reader must see of a token: line ends, lone spaces, control characters, and tokens that decode to nothing.
-  if (text === "") return [["mark", `⟨${id}⟩`]];
-  if (/^ +$/.test(text)) return [["mark", "·".repeat(text.length)]];
-  return text.split(/(\r\n|[\u0000-\u001f\u007f]|\ufffd)/).filter((part) => part !== "").map((part) => {
-    if (part === "\n" || part === "\r\n" || part === "\r") return ["mark", "⏎\n"];
-    if (part === "\t") return ["mark", "⇥\t"];
-    if (part === "\ufffd") return ["mark", "▯"];
-    if (part.charCodeAt(0) < 32) return ["mark", String.fromCharCode(0x2400 + part.charCodeAt(0))];
-    return ["", part === "\u007f" ? "␡" : part];
-  });
-}
-
 function tokenNodes(response, scale) {
-  const holder = element("div", "tokens");
-  if (!response.text.some((text) => /\s/.test(text))) holder.classList.add("words");
+  const holder = element("div", "tokens"), words = areWords(response.text);
+  holder.classList.toggle("words", words);
   response.text.forEach((text, i) => {
-    const node = element("span", "tok");
-    for (const [className, part] of visible(text, response.id[i])) node.append(className ? element("span", className, part) : part);
-    const number = response[state.field][i];
-    node.style.background = background(number, scale);
+    const number = response[state.field][i], node = tokenNode(text, response.id[i], i, number, scale);
     if (number < 0 && Math.abs(number) > 0.1 * scale) node.classList.add("minus");
-    node.dataset.at = i;
     holder.append(node);
-    if (holder.classList.contains("words")) holder.append("\u200b");
+    if (words) holder.append("\u200b");
   });
   if (response.length > response.text.length) holder.append(element("span", "mark", ` … ${response.length - response.text.length} more tokens in the samples file`));
   return holder;
-}
-
-function svg(tag, attributes) {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  return node;
 }
 
 function scorePath(response) {
@@ -141,12 +91,6 @@ function scorePath(response) {
   const steps = scores.map((s, i) => (s === null ? "" : `${i},${height(s).toFixed(2)} ${i + 1},${height(s).toFixed(2)}`)).join(" ");
   picture.append(svg("polyline", { class: "line", points: steps }), svg("line", { class: "here", x1: -1, x2: -1, y1: 0, y2: 44 }));
   return picture;
-}
-
-function fact(label, value, className) {
-  const node = element("span", className, `${label} `);
-  node.append(element("b", "", value));
-  return node;
 }
 
 function card(response, label, scale) {
@@ -174,26 +118,14 @@ function pointAt(response, i, tokens, path) {
   return (event) => {
     unpoint(tokens, path);
     tokens.querySelector(`.tok[data-at="${i}"]`).classList.add("on");
-    const here = path.querySelector(".here");
-    here.setAttribute("x1", i + 0.5);
-    here.setAttribute("x2", i + 0.5);
-    const tip = document.getElementById("tip"), table = element("table");
-    for (const [field, label] of Object.entries(FIELDS)) {
-      const row = element("tr");
-      row.append(element("td", "", label), element("td", "", show(response[field][i])));
-      table.append(row);
-    }
-    const text = visible(response.text[i], response.id[i]).map(([, part]) => part.trimEnd()).join("");
-    tip.replaceChildren(element("div", "what", `“${text}”  ${i + 1} of ${response.length}, id ${response.id[i]}`), table);
-    tip.hidden = false;
-    const area = tip.getBoundingClientRect();
-    tip.style.left = `${Math.max(8, Math.min(event.clientX + 14, innerWidth - area.width - 8))}px`;
-    tip.style.top = `${event.clientY + 22 + area.height > innerHeight ? event.clientY - area.height - 14 : event.clientY + 22}px`;
+    for (const name of ["x1", "x2"]) path.querySelector(".here").setAttribute(name, i + 0.5);
+    const lines = Object.entries(FIELDS).map(([field, label]) => [label, show(response[field][i])]);
+    pointOut(event, `${inQuotes(response.text[i], response.id[i])}  ${i + 1} of ${response.length}, id ${response.id[i]}`, lines);
   };
 }
 
 function unpoint(tokens, path) {
-  document.getElementById("tip").hidden = true;
+  hideTip();
   for (const node of tokens.querySelectorAll(".on")) node.classList.remove("on");
   for (const name of ["x1", "x2"]) path.querySelector(".here").setAttribute(name, -1);
 }
@@ -230,21 +162,12 @@ function drawDumps() {
   holder.replaceChildren(...state.steps.map((_, column) => dumpColumn(column, scale)));
 }
 
-// ---- theme ----
-const THEMES = ["auto", "light", "dark"];
-function useTheme(theme) {
-  if (theme === "auto") delete root.dataset.theme; else root.dataset.theme = theme;
-  document.getElementById("theme").textContent = `theme: ${theme}`;
-  drawCharts();
-  drawDumps();
-}
-let theme = THEMES.includes(location.hash.replace("#theme-", "")) ? location.hash.replace("#theme-", "") : "auto";
-document.getElementById("theme").addEventListener("click", () => { theme = THEMES[(THEMES.indexOf(theme) + 1) % 3]; useTheme(theme); });
 for (const id of ["field", "order"]) {
   const pick = document.getElementById(id);
   if (pick) pick.addEventListener("change", () => { state[id] = pick.value; drawDumps(); });
 }
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => useTheme(theme));
-addEventListener("beforeprint", () => { if (getComputedStyle(root).getPropertyValue("--paper").trim() !== "#f7f7f4") useTheme("light"); });
-addEventListener("afterprint", () => useTheme(theme));
-useTheme(theme);
+startPage(() => {
+  drawCharts();
+  drawDumps();
+  drawCards();
+});

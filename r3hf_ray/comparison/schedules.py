@@ -1,0 +1,60 @@
+"""Settings that change over a run, for candidates that are being screened; the system itself has none."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from r3hf_ray.config import ConfigError, PPOConfig
+from r3hf_ray.types import ScoredTrajectory
+
+SCHEDULED = ("reward.beta_c", "ppo.gae_lambda", "ppo.kl_coef")
+"""Fields that may change from step to step without anything being made again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """A field that moves evenly from ``first`` at the first step to ``last`` at the last.
+
+    Example: ``Schedule(field="ppo.gae_lambda", first=0.95, last=1.0)``
+    """
+
+    field: str
+    first: float
+    last: float
+
+    def value(self, step: int, steps: int) -> float:
+        """At ``step``, from 0."""
+        return self.first + (self.last - self.first) * step / max(1, steps - 1)
+
+
+def parse_schedule(text: str) -> Schedule:
+    """Read ``reward.beta_c=1:0``.
+
+    Raises:
+        ConfigError: it is not of that form, or the field cannot change.
+    """
+    field, _, values = text.partition("=")
+    first, _, last = values.partition(":")
+    if field not in SCHEDULED:
+        raise ConfigError(f"schedules: {field!r} cannot change during a run; choose {', '.join(SCHEDULED)}")
+    try:
+        return Schedule(field=field, first=float(first), last=float(last))
+    except ValueError:
+        raise ConfigError(f"schedules: {text!r} is not of the form {field}=FIRST:LAST") from None
+
+
+def at_step(config: PPOConfig, schedules: tuple[Schedule, ...], step: int) -> PPOConfig:
+    """The configuration as it is at ``step``, from 0."""
+    for schedule in schedules:
+        section, name = schedule.field.split(".")
+        value = schedule.value(step, config.ppo.steps)
+        changed = dict(config)[section].model_copy(update={name: value})
+        config = config.model_copy(update={section: changed})
+    return config
+
+
+def remixed(scored: ScoredTrajectory, beta_c: float) -> np.ndarray:
+    """Token rewards of R3HF, scored with beta_c = 1, at another ``beta_c`` (arXiv 2411.08302, Eq. 7)."""
+    rewards = beta_c * scored.token_rewards
+    rewards[-1] += (1.0 - beta_c) * scored.score
+    return rewards.astype(np.float32)

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from r3hf_ray.actor_settings import engine_settings, scoring_settings
 from r3hf_ray.actors.coordinator import Coordinator, Snapshot
-from r3hf_ray.actors.environment import ACTORS, SHORT_SPIN
+from r3hf_ray.actors.environment import ACTORS, of_threads
 from r3hf_ray.actors.learner import LearnerSettings, train_loop
 from r3hf_ray.actors.pipeline import RunFailed, sentence_of
 from r3hf_ray.actors.reward import RewardActor
@@ -32,6 +32,7 @@ from r3hf_ray.config import ConfigError, PPOConfig
 from r3hf_ray.models.load import absolute
 from r3hf_ray.plan import arithmetic
 from r3hf_ray.preflight import Plan, check, check_resources
+from r3hf_ray.sections import RewardSection, RolloutSection
 from r3hf_ray.tracking.metrics import STEP, JsonlLog, read_metrics
 from r3hf_ray.tracking.progress import Progress
 from r3hf_ray.tracking.provenance import redacted, versions
@@ -69,7 +70,6 @@ def ray_session(cpus: float | None) -> Iterator[None]:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # 2 s by default: each save would wait for a poll
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
-        **SHORT_SPIN,
     }.items():
         os.environ.setdefault(name, value)
     joined = "RAY_ADDRESS" in os.environ
@@ -180,7 +180,7 @@ class _Follower:
                 num_gpus=config.rollout.gpus_per_actor,
                 max_restarts=-1,
                 max_task_retries=0,  # a repeated generate after a restart would sample from the wrong weights
-                runtime_env={"env_vars": ACTORS | engine.environment()},
+                runtime_env={"env_vars": ACTORS | engine.environment() | self._threads(config.rollout)},
             )
             .remote(engine)
             for _ in range(config.rollout.actors)
@@ -192,7 +192,7 @@ class _Follower:
                 num_gpus=config.reward.gpus_per_actor,
                 max_restarts=-1,
                 max_task_retries=2,  # scoring is deterministic, so Ray may repeat it
-                runtime_env={"env_vars": ACTORS | {"OMP_NUM_THREADS": str(config.reward.threads)}},
+                runtime_env={"env_vars": ACTORS | self._threads(config.reward)},
             )
             .remote(scoring, threads=config.reward.threads, backend=config.reward.backend)
             for _ in range(config.reward.actors)
@@ -211,12 +211,17 @@ class _Follower:
         actors.starting |= {actor.ping.remote(): f"reward {i}" for i, actor in enumerate(rewards)}
         return actors
 
+    def _threads(self, actors: RolloutSection | RewardSection) -> dict[str, str]:
+        overlap = self._config.rollout.max_lag > 0
+        return of_threads(actors.threads, cpus=actors.cpus_per_actor, overlap=overlap)
+
     def _fit(self) -> None:
         from ray.train.torch import TorchConfig, TorchTrainer
 
         config, learner = self._config, self._config.learner
         on_gpu = learner.gpus_per_rank > 0
-        environment = ACTORS | {"OMP_NUM_THREADS": str(learner.threads)}
+        overlap = config.rollout.max_lag > 0
+        environment = ACTORS | of_threads(learner.threads, cpus=learner.cpus_per_rank, overlap=overlap)
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={

@@ -3,6 +3,8 @@
 All runs but the submitted job share one Ray instance, so that the start of processes is their only cost.
 """
 
+import json
+import math
 import os
 import secrets
 import signal
@@ -23,7 +25,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import wandb
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from r3hf_ray.cli import main
 from r3hf_ray.comparison.records import PlannedRun
@@ -222,6 +231,50 @@ def test_one_process_computes_what_the_system_computes(undisturbed: Run, job: Pa
     for ours, theirs in zip(rows, read_metrics(undisturbed.folder), strict=True):
         for name in ours.keys() & {"reward/gold/mean", "kl/ref/mean", "policy/loss", "eval/heldout/score/mean"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (name, ours["train/global_step"])
+
+
+def make_foreign_reward_model(folder: Path) -> None:
+    """A random reward model that spells in bytes and reads ``[question] answer``; vLLM takes its shape."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<eos>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    backend.train_from_iterator(["cats purr . stars move . how-to safety . thanks goodbye"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[{{ m['content'] }}] {% else %}{{ m['content'] }}<eos>"
+        "{% endif %}{% endfor %}"
+    )
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=400, **sizes, num_labels=1, pad_token_id=0, eos_token_id=1)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_foreign_models_a_cost_and_vllm_scores(world: World) -> None:
+    foreign = world.folder / "foreign"
+    make_foreign_reward_model(foreign)
+    own = str(world.folder / "reward")
+    run = world.run(
+        "several",
+        *("--ppo.steps", "2", "--reward.backend", "vllm", "--reward.actors", "1"),
+        *("--model.rewards", json.dumps([{"name": "foreign", "source": str(foreign), "weight": 0.5}])),
+        *("--model.cost", own, "--cost.multiplier", "0.2", "--cost.multiplier_lr", "0.1", "--cost.limit", "-100"),
+        *("--reward.max_alignment_loss", "1.0"),
+    )
+    assert run.code == 0, run.said
+    assert len(run.rows) == 2
+    for row in run.rows:
+        assert row["r3hf/telescoping_error/max"] < 1e-4
+        assert 0.0 <= row["r3hf/alignment_loss"] < 1.0
+        assert row["cost/score/mean"] == pytest.approx(row["reward/score/mean"], abs=1e-4), "the same model twice"
+        assert math.isfinite(row["reward/foreign/score/mean"])
+    first, second = (row["cost/multiplier"] for row in run.rows)
+    assert first == pytest.approx(0.2)
+    assert second > first, "the limit is violated"
 
 
 def sampled(folder: Path, step: int) -> tuple[list[int], list[int]]:

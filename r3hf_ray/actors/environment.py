@@ -11,10 +11,6 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": s
 """glibc gives every tensor above 32 MB back to the system when it is freed, and the next one is paged in and zeroed
 again: on a 135M model 300,000 page faults and a tenth of each learner step. A process keeps its peak instead."""
 
-SHORT_SPIN = {"GOMP_SPINCOUNT": "10000"}
-"""Threads of one process wait for each other's next piece of work a tenth of a millisecond before they sleep: never to
-spin costs a fifth of a step, and to spin as long as OpenMP likes takes the cores from the other actors."""
-
 VLLM = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
 """Of a process that holds a vLLM engine; the engine runs in that process and not in one of its own."""
 
@@ -25,4 +21,21 @@ VLLM_ON_CPU = VLLM | {
 }
 
 ACTORS = QUIET | KEEP_MEMORY
-"""Of actors and learner ranks; `SHORT_SPIN` is left to the user on a cluster."""
+
+
+def of_threads(threads: int, *, cpus: float, overlap: bool) -> dict[str, str]:
+    """How many threads a process has, and how they wait for each other where it shares its cores.
+
+    OpenMP threads spin before they sleep. Never to spin costs a fifth of a step; to spin as long as OpenMP likes takes
+    the cores from the other actors. So processes that take turns (lag 0) spin for a tenth of a millisecond, and those
+    that work at the same time do not.
+
+    Args:
+        threads: of the process.
+        cpus: logical CPUs it asked for; with fewer than ``threads`` it shares cores.
+        overlap: whether generation, scoring and learning happen at the same time.
+    """
+    own = {"OMP_NUM_THREADS": str(threads)}
+    if threads <= max(1.0, cpus):
+        return own
+    return own | ({"OMP_WAIT_POLICY": "PASSIVE"} if overlap else {"GOMP_SPINCOUNT": "10000"})

@@ -341,8 +341,8 @@ class CriticSection(Section):
     """`sft`: policy trunk + zero head; `reward_trunk`: reward model's trunk + zero head (auto with r3hf);
     `reward_model`: trunk + score head (auto with terminal; with r3hf it counts the prefix score twice)."""
     source: str | None = None
-    """Folder read in place of `model.reward_model` for the two latter: a model that was trained to tell the final score
-    from a prefix (`r3hf critic`), in the reward model's units."""
+    """Folder read in place of `model.reward_model` for the two latter: the same shape of model, such as one trained to
+    tell the final score from a prefix, in the reward model's units."""
 
 
 class OptimizerSection(Section):

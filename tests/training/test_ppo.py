@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from r3hf_ray.algorithms.advantages import gae
 from r3hf_ray.config import PPOConfig
@@ -263,6 +263,17 @@ def test_where_the_critic_starts(tiny_models, init, zero):
     assert (metrics["critic/values/mean"] == 0.0) == zero
     # the critic's trunk is its own: one model's step must not move the other's weights twice
     assert ppo.critic.trunk.embed_tokens.weight.data_ptr() != ppo.policy.model.get_input_embeddings().weight.data_ptr()
+
+
+def test_the_critic_may_start_from_another_model(tiny_models, tmp_path):
+    other = AutoModelForSequenceClassification.from_pretrained(tiny_models.reward)
+    torch.nn.init.constant_(other.score.weight, 0.25)
+    other.save_pretrained(tmp_path)
+    critic = {"init": "reward_model", "source": str(tmp_path)}
+    head = learner(tiny_models, critic=critic).critic.head.weight
+    assert torch.equal(head, torch.full_like(head, 0.25))
+    head = learner(tiny_models, critic=critic | {"init": "reward_trunk"}).critic.head.weight
+    assert not head.any()
 
 
 def test_warmup_and_kl_controller(tiny_models):

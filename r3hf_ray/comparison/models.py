@@ -42,6 +42,11 @@ class ToyPaths:
         """The reward model."""
         return self.root / "reward/model"
 
+    @property
+    def complete(self) -> bool:
+        """Whether all of them are made."""
+        return all(path.exists() for path in (self.world, self.ranked, self.policy, self.reward_model))
+
 
 def toy_overrides(toy: ToySection, paths: ToyPaths) -> list[str]:
     """Fields of the PPO job that name the shared parts."""

@@ -143,15 +143,15 @@ def _outcomes(
     config: CompareConfig, waiting: Sequence[PlannedRun], console: Console
 ) -> Iterator[tuple[PlannedRun, dict[str, Any]]]:
     """Each run with what became of it, after the models they share."""
-    with ray_session(config.run.cpus):
-        if config.toy:
-            prepare_toy(config.toy, ToyPaths(root_of(config)), console)
-        if not config.compare.in_process:
-            for number, run in enumerate(waiting, start=1):
+    paths, processes = ToyPaths(root_of(config)), config.compare.in_process
+    if not processes or (config.toy and not paths.complete):  # a screening that is resumed needs no Ray
+        with ray_session(config.run.cpus):
+            if config.toy:
+                prepare_toy(config.toy, paths, console)
+            for number, run in enumerate([] if processes else waiting, start=1):
                 console.rule(f"[bold]{run.folder.name}[/bold]  run {number} of {len(waiting)}", align="left")
                 yield run, _run_one(run, console)
-            return
-    for number, (run, outcome) in enumerate(screened(waiting, processes=config.compare.in_process), start=1):
+    for number, (run, outcome) in enumerate(screened(waiting, processes=processes) if processes else (), start=1):
         console.print(f"{run.folder.name}: {outcome['seconds']} s, {number} of {len(waiting)}", markup=False)
         yield run, outcome
 

@@ -1,4 +1,4 @@
-"""Credit methods that were screened against sparse PPO with the reward model's critic; the verdicts: docs/results.md.
+"""Credit methods to screen against sparse PPO with the reward model's critic; verdicts are in docs/results.md.
 
 Each is a user's own method: name it in a job as ``reward.mode = "r3hf_ray.comparison.candidates:smoothed"``.
 """

@@ -9,7 +9,7 @@ QUIET = {
 
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 """glibc gives every tensor above 32 MB back to the system when it is freed, and the next one is paged in and zeroed
-again: on a 135M model 300,000 page faults and a tenth of each learner step. A process keeps its peak instead."""
+again: on a 135M model 300,000 page faults in each learner step. A process keeps its peak instead."""
 
 VLLM = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
 """Of a process that holds a vLLM engine; the engine runs in that process and not in one of its own."""

@@ -30,7 +30,7 @@ from r3hf_ray.actors.pipeline import Events, Member, Pipeline, Tally, Verdict, m
 from r3hf_ray.actors.steps import Row, Share, Step, calibration_of, evaluation_metrics
 from r3hf_ray.actors.weight_store import Publication, TransferStep
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.plan import Request, seed_of, split_evenly, step_requests
+from r3hf_ray.plan import Request, split_evenly, step_requests, stream_requests
 from r3hf_ray.types import ScoreInfo
 
 
@@ -253,17 +253,7 @@ class Coordinator:
             self._rows.append(row | evaluation_metrics(infos))
 
     def _requests(self, stream: str, prompts: list[np.ndarray], count: int) -> list[Request]:
-        rows = [number % len(prompts) for number in range(count)]
-        return [
-            Request(
-                row=row,
-                token_ids=prompts[row],
-                prompt_id=number,
-                sample=0,
-                seed=seed_of(self._config.run.seed, stream, number),
-            )
-            for number, row in enumerate(rows)
-        ]
+        return stream_requests(prompts, count, seed=self._config.run.seed, stream=stream)
 
     async def _judge(self, requests: list[Request], label: str) -> list[ScoreInfo]:
         """Generate and score outside the training stream; failures are retried and quarantined there too."""

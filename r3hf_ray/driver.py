@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -320,7 +320,8 @@ class _Follower:
     def _stop(self, actors: _Actors) -> None:
         """End whatever still runs: after a failure too, since the Ray instance may serve other stages."""
         if actors.learner.is_alive():
-            actors.coordinator.fail.remote("the driver has stopped")  # ranks hear of it where they wait for a batch
+            with suppress(RunFailed, RayError):  # ranks hear of it where they wait for a batch
+                ray.get(actors.coordinator.fail.remote("the driver has stopped"), timeout=STOP_SECONDS)
             actors.learner.join(STOP_SECONDS)
         for actor in (*actors.rollouts, *actors.rewards, actors.coordinator, actors.store):
             ray.kill(actor)

@@ -354,6 +354,13 @@ def test_a_diverging_run_stops_with_a_capsule(world: World, capsys: pytest.Captu
     assert "policy gradient: " in said
 
 
+def test_broken_code_in_a_rank_ends_the_run_without_restarts(world: World) -> None:
+    run = world.run("broken", *SMALL, "--reward.gold_credit", "operator:add")  # prompt + tokens: a TypeError
+    assert run.code == 1
+    assert "the learner broke (TypeError in " in sentence(run)
+    assert not run.events("restart")
+
+
 def sentence(run: Run) -> str:
     """What a failed run says last: one line, no traceback, no class of an exception."""
     assert "Traceback" not in run.said

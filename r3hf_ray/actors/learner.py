@@ -6,6 +6,7 @@ up again after every restart; a restarted group begins at the last committed che
 
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -56,7 +57,15 @@ def train_loop(settings: dict[str, LearnerSettings]) -> None:
     make Ray Train start the group again.
     """
     with suppress(RunFailed):
-        _Rank(settings["learner"]).run()
+        rank = _Rank(settings["learner"])
+        try:
+            rank.run()
+        except (DivergenceError, TelescopingError) as error:
+            rank.give_up(str(error))
+        except BROKEN_CODE as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{type(error).__name__} in {place.filename}, line {place.lineno}"
+            rank.give_up(f"the learner broke ({what}): {error}")
 
 
 class _Rank:
@@ -94,6 +103,14 @@ class _Rank:
             self._step()
         self._learner.save_pretrained(self._settings.run_folder / "model")
 
+    def give_up(self, reason: str) -> None:
+        """End the whole run.
+
+        Raises:
+            RunFailed: always; the other ranks get it from their next call of the coordinator.
+        """
+        ray.get(self._coordinator.fail.remote(reason))
+
     def _restore(self) -> None:
         checkpoint = ray.train.get_checkpoint()
         if checkpoint:
@@ -105,14 +122,7 @@ class _Rank:
         share: Share = ray.get(self._coordinator.next_share.remote(self._learner.step, self._rank))
         scored: list[ScoredTrajectory] = ray.get(share.refs)
         waited = time.perf_counter() - start
-        try:
-            metrics = self._learner.update(scored, minibatch_of=share.minibatch_of)
-        except (DivergenceError, TelescopingError) as error:
-            ray.get(self._coordinator.fail.remote(str(error)))  # raises RunFailed, on every rank
-            raise
-        except BROKEN_CODE as error:
-            ray.get(self._coordinator.fail.remote(f"the learner broke: {type(error).__name__}: {error}"))
-            raise
+        metrics = self._learner.update(scored, minibatch_of=share.minibatch_of)
         published = self._publish()
         if self._rank == 0:
             seconds = time.perf_counter() - start

@@ -13,11 +13,6 @@ def masked_sum(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tens
     return x.masked_fill(~mask, 0.0).sum()
 
 
-def masked_mean(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """Mean of ``x`` where ``mask``; 0 when the mask is empty. Differentiable."""
-    return masked_sum(x, mask) / mask.sum().clamp(min=1)
-
-
 def moments(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "3"]:
     """``(count, sum x, sum x^2)`` where ``mask``, in float64.
 

@@ -11,7 +11,7 @@ A method is a function ``(scores, response_mask) -> rewards [B, T]``; `METHODS` 
 `segment`) take it by keyword and are bound to it before `redistribute` calls them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,6 +63,9 @@ class RedistributionInputs:
     """Of the sampler. [nats]"""
     ref_logprobs: Float[Tensor, "B T"]
     """Of the frozen reference. [nats]"""
+    by_model: Mapping[str, PrefixScores]
+    """Of every reward model of the run, by name, as they were read; ``"reward"`` is `model.reward_model`. So one's
+    prefixes can carry the reward of another; a model of weight 0 is read and pays nothing."""
 
 
 Method = Callable[[PrefixScores, Bool[Tensor, "B T"]], Float[Tensor, "B T"]]

@@ -5,6 +5,7 @@ test holds the two together) at a fraction of the cost, since one engine serves 
 failure is retried and nothing resumes inside a run. Results of record come from the system.
 """
 
+import logging
 import os
 import shutil
 import statistics
@@ -63,13 +64,13 @@ class Workbench:
 
     def _engine_for(self, config: PPOConfig, plan: Plan) -> RolloutActor:
         settings = engine_settings(config, plan)
-        # vLLM reads it at import, and the next import is vLLM's. It warns at every load of weights, of nothing.
-        os.environ.update(settings.environment() | {"VLLM_LOGGING_LEVEL": "ERROR"})
+        os.environ.update(settings.environment())  # vLLM reads it at import, and the next import is vLLM's
         from r3hf_ray.benchmark.in_process import BACKEND
 
         settings = replace(settings, backend=BACKEND)
         if self._engine is None or self._engine[0] != settings:
             self._engine = (settings, RolloutActor(settings))
+            logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns at every load of weights, of nothing
         return self._engine[1]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from r3hf_ray.comparison.settings import ToySection
+from r3hf_ray.comparison.settings import FurtherRewardModel, ToySection
 from r3hf_ray.config import RewardConfig, SFTConfig, load
 from r3hf_ray.prepare import train_reward, train_sft
 from r3hf_ray.toy.world import make_ranked, make_world
@@ -42,10 +42,10 @@ class ToyPaths:
         """The reward model."""
         return self.root / "reward/model"
 
-    @property
-    def complete(self) -> bool:
-        """Whether all of them are made."""
-        return all(path.exists() for path in (self.world, self.ranked, self.policy, self.reward_model))
+    def complete(self, toy: ToySection) -> bool:
+        """Whether all that ``toy`` asks for is made."""
+        further = (self.root / model.name / "model" for model in toy.reward_models)
+        return all(path.exists() for path in (self.world, self.ranked, self.policy, self.reward_model, *further))
 
 
 def toy_overrides(toy: ToySection, paths: ToyPaths) -> list[str]:
@@ -59,19 +59,35 @@ def toy_overrides(toy: ToySection, paths: ToyPaths) -> list[str]:
     ]
 
 
-def stage_configs(toy: ToySection, paths: ToyPaths) -> tuple[SFTConfig, RewardConfig]:
-    """The two stages, as quickstart runs them.
+def stage_configs(toy: ToySection, paths: ToyPaths) -> tuple[SFTConfig, list[RewardConfig]]:
+    """Fine-tuning as quickstart runs it, and the reward models, first of all the quickstart's.
 
     Raises:
         ConfigError: a job cannot be read.
     """
     tokens = str(toy.max_response_tokens + PROMPT_TOKENS)
-    common = ["--run.folder", str(paths.root), "--run.seed", str(toy.seed)]
-    data = ["--model.base", str(paths.world / "base"), "--data.source", str(paths.world / "sft.jsonl")]
+    common = ["--run.folder", str(paths.root)]
+    data = [
+        "--run.seed",
+        str(toy.seed),
+        "--model.base",
+        str(paths.world / "base"),
+        "--data.source",
+        str(paths.world / "sft.jsonl"),
+    ]
     sft = load(SFTConfig, toy.sft_job, [*common, "--run.name", "sft", *data, "--sft.max_tokens", tokens])
     data = ["--model.base", str(paths.policy), "--data.source", str(paths.ranked)]
     size = ["--data.heldout", str(toy.heldout_pairs), "--reward_training.max_tokens", tokens]
-    return sft, load(RewardConfig, toy.reward_job, [*common, "--run.name", "reward", *data, *size])
+    plain = FurtherRewardModel(name="reward", seed=toy.seed)
+    rewards = [
+        load(
+            RewardConfig,
+            toy.reward_job,
+            [*common, "--run.name", model.name, "--run.seed", str(model.seed), *data, *size, *model.overrides],
+        )
+        for model in (plain, *toy.reward_models)
+    ]
+    return sft, rewards
 
 
 def prepare_toy(toy: ToySection, paths: ToyPaths, console: Console) -> None:
@@ -81,7 +97,7 @@ def prepare_toy(toy: ToySection, paths: ToyPaths, console: Console) -> None:
         ConfigError: a stage cannot start.
         StageError: it failed.
     """
-    sft, reward = stage_configs(toy, paths)
+    sft, rewards = stage_configs(toy, paths)
     if not paths.world.exists():
         console.print(f"writing the toy world to {paths.world}", markup=False)
         part = paths.root / "world.part"
@@ -107,7 +123,8 @@ def prepare_toy(toy: ToySection, paths: ToyPaths, console: Console) -> None:
             heldout_pairs=toy.heldout_pairs,
         )
         part.rename(paths.ranked)
-    judged = train_reward(reward, resume=True, note=console.print)
-    accuracy = judged.metrics.get("eval/heldout/pair_accuracy")
-    agrees = "" if accuracy is None else f", {accuracy:.3f} of held-out pairs right"
-    console.print(f"reward model: {judged.model}{agrees}  ({judged.seconds:.0f} s)", markup=False)
+    for reward in rewards:
+        judged = train_reward(reward, resume=True, note=console.print)
+        accuracy = judged.metrics.get("eval/heldout/pair_accuracy")
+        agrees = "" if accuracy is None else f", {accuracy:.3f} of held-out pairs right"
+        console.print(f"reward model: {judged.model}{agrees}  ({judged.seconds:.0f} s)", markup=False)

@@ -73,14 +73,16 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
     """
     root = root_of(config)
     shared = toy_overrides(config.toy, ToyPaths(root)) if config.toy else []
+    shared += config.compare.overrides
     longest = max(len(config.seeds_of(arm)) for arm in config.arms)
     places = [(arm, place) for place in range(longest) for arm in config.arms if place < len(config.seeds_of(arm))]
     runs = []
     for arm, place in places:
         seed = config.seeds_of(arm)[place]
         own = ["--run.folder", str(root), "--run.name", f"{arm.name}-s{seed}", "--run.seed", str(seed)]
+        own += [word.replace("{folder}", str(root)) for word in (*shared, *arm.overrides)]
         try:
-            ppo = load(PPOConfig, config.compare.job, [*own, *shared, *config.compare.overrides, *arm.overrides])
+            ppo = load(PPOConfig, config.compare.job, own)
         except ConfigError as error:
             raise ConfigError(f"arm {arm.name}: {error}") from None
         ppo = with_absolute_models(ppo)  # as a run's config.toml has it
@@ -144,7 +146,7 @@ def _outcomes(
 ) -> Iterator[tuple[PlannedRun, dict[str, Any]]]:
     """Each run with what became of it, after the models they share."""
     paths, processes = ToyPaths(root_of(config)), config.compare.in_process
-    if not processes or (config.toy and not paths.complete):  # a screening that is resumed needs no Ray
+    if not processes or (config.toy and not paths.complete(config.toy)):  # a screening that is resumed needs no Ray
         with ray_session(config.run.cpus):
             if config.toy:
                 prepare_toy(config.toy, paths, console)

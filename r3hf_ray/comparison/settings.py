@@ -34,6 +34,22 @@ class CompareSection(Section):
     """Gold reward is also told for the steps whose KL is within 20% of this. [nats a response]"""
 
 
+class FurtherRewardModel(Section):
+    """A reward model besides the one that pays, trained on the same preferences in another way."""
+
+    name: RunName
+    """Of its folder: arms call the model `{folder}/<name>/model`."""
+    overrides: tuple[str, ...] = ()
+    """Fields of `toy.reward_job` in which it differs: `["--reward_training.head", "running_sum"]`."""
+    seed: NonNegative = 0
+    """Of its training."""
+
+    @field_validator("overrides")
+    @classmethod
+    def _not_the_run(cls, overrides: tuple[str, ...]) -> tuple[str, ...]:
+        return _without_run(overrides)
+
+
 class ToySection(Section):
     """Make the toy world, the initial policy and the reward model once, for all arms."""
 
@@ -55,6 +71,8 @@ class ToySection(Section):
     """Prompts with 8 ranked responses. [groups]"""
     heldout_pairs: Positive = 1_000
     """Pairs on which the reward model is measured. [pairs]"""
+    reward_models: tuple[FurtherRewardModel, ...] = ()
+    """Further ones, for arms that read several."""
 
 
 class Arm(Section):
@@ -63,7 +81,8 @@ class Arm(Section):
     name: RunName
     """Its runs are called `<name>-s<seed>`."""
     overrides: tuple[str, ...] = ()
-    """Fields of the job in which it differs: `["--reward.mode", "terminal"]`."""
+    """Fields of the job in which it differs: `["--reward.mode", "terminal"]`. In them `{folder}` is the comparison's
+    own, where its models are."""
     schedules: tuple[str, ...] = ()
     """Screening only: fields that move evenly over the run, `["reward.beta_c=1:0"]`."""
     seeds: tuple[NonNegative, ...] = ()

@@ -1,6 +1,6 @@
 """What redistribution methods read besides the scores, bound to them: spans, attention, a user's own inputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +26,8 @@ class Evidence:
     ref_logprobs: Float[Tensor, "B T"]
     ref_entropy: Float[Tensor, "B T"] | None
     """Measured for `segment` by entropy only. [nats]"""
+    by_model: Mapping[str, PrefixScores]
+    """Of every reward model, by name."""
     attention: Float[Tensor, "B T"] | None = None
     """Measured for `abc` only, by each reward model."""
 
@@ -65,6 +67,7 @@ def method_of(mode: str, *, segment_by: str, segment_ngram: int, segment_entropy
                 finished=evidence.finished,
                 behavior_logprobs=evidence.behavior_logprobs,
                 ref_logprobs=evidence.ref_logprobs,
+                by_model=evidence.by_model,
             )
             return function(inputs)
 

@@ -135,6 +135,7 @@ class Scorer:
             behavior_logprobs=pad_rows([t.behavior_logprobs for t in trajectories], fill=0.0).to(device),
             ref_logprobs=ref,
             ref_entropy=entropy,
+            by_model={name: reading.scores for name, reading in readings.items()},
         )
         rewards = {name: self._redistribute(reading, evidence).cpu() for name, reading in readings.items()}
         scores, ref = {name: _on_cpu(reading.scores) for name, reading in readings.items()}, ref.cpu()

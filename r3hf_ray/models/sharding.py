@@ -129,13 +129,6 @@ def scale_gradients(module: nn.Module, *, norm: float, max_norm: float) -> None:
         torch._foreach_mul_(_local_gradients(module), max_norm / (norm + 1e-6))
 
 
-def clip_grad_norm(module: nn.Module, max_norm: float) -> float:
-    """Clip by the global norm; returns the norm before."""
-    norm = grad_norm(module)
-    scale_gradients(module, norm=norm, max_norm=max_norm)
-    return norm
-
-
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over ranks, in place; the tensor itself without torch.distributed."""
     return _all_reduce(x, dist.ReduceOp.SUM)

@@ -1,6 +1,5 @@
-"""How good a policy and a reward model really are, measured against the toy language's known credit."""
+"""How good a reward model's token rewards really are, measured against the toy language's known credit."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,25 +13,8 @@ from r3hf_ray.algorithms.credit import auc, pearson, phrase_sums
 from r3hf_ray.algorithms.redistribution import redistribute
 from r3hf_ray.models.load import load_policy, load_reward_model, load_tokenizer
 from r3hf_ray.models.prefix_scores import prefix_scores
-from r3hf_ray.toy.language import Request, gold_credit, gold_reward, phrase_ids
+from r3hf_ray.toy.language import Request, gold_credit, phrase_ids
 from r3hf_ray.toy.sampling import Sample, sample_responses
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GoldSummary:
-    """Gold reward over independent responses.
-
-    Example: ``str(GoldSummary(mean=0.8, sem=0.096, std=2.18, responses=512))`` is ``0.80+-0.10``
-    """
-
-    mean: float
-    sem: float
-    """Standard error of the mean."""
-    std: float
-    responses: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f}+-{self.sem:.2f}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,27 +33,6 @@ class CreditQuality:
     score_pearson: float
     """Between the sequence score and the gold reward, over responses."""
     responses: int
-
-
-def summarize_gold(golds: Sequence[float]) -> GoldSummary:
-    """Mean, its standard error and spread of at least two gold rewards."""
-    std = float(np.std(golds, ddof=1))
-    return GoldSummary(mean=float(np.mean(golds)), sem=std / math.sqrt(len(golds)), std=std, responses=len(golds))
-
-
-def policy_gold(
-    policy_folder: Path, requests: Sequence[Request], *, max_response_tokens: int = 48, seed: int = 0
-) -> GoldSummary:
-    """Gold reward of one response of a policy to each request (the held-out prompts)."""
-    tokenizer = load_tokenizer(policy_folder)
-    policy = load_policy(policy_folder, torch.float32)
-    samples = sample_responses(policy, tokenizer, requests, max_response_tokens=max_response_tokens, seed=seed)
-    texts = tokenizer.batch_decode([sample.response_ids for sample in samples])
-    golds = [
-        gold_reward(request.text, text, max_response_tokens=max_response_tokens)
-        for request, text in zip(requests, texts, strict=True)
-    ]
-    return summarize_gold(golds)
 
 
 def reward_model_credit(

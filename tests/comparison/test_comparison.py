@@ -121,11 +121,14 @@ def test_plan_has_every_arm_of_a_seed_before_the_next_seed(config: CompareConfig
 
 
 def test_toy_models_are_shared_and_the_length_goes_with_the_judge(config: CompareConfig) -> None:
-    Path("toy.toml").write_text(COMPARISON + "\n[toy]\nmax_response_tokens = 96\n")
+    dense = 'name = "dense"\nseeds = [0, 1]\noverrides = ["--critic.'
+    arms = COMPARISON.replace(dense + 'init", "sft"]', dense + 'source", "{folder}/second/model"]')
+    Path("toy.toml").write_text(arms + "\n[toy]\nmax_response_tokens = 96\n")
     plan = plan_runs(load(CompareConfig, Path("toy.toml"), []))
     root = Path("runs/small").resolve()
     assert {run.config.model.policy for run in plan} == {str(root / "sft/model")}
     assert {run.config.model.reward_model for run in plan} == {str(root / "reward/model")}
+    assert plan[1].config.critic.source == str(root / "second/model")
     assert {run.config.rollout.max_response_tokens for run in plan} == {96}
     assert {run.config.reward.gold for run in plan} == {"r3hf_ray.toy.language:gold_reward_96"}
     assert {run.config.reward.gold_credit for run in plan} == {"r3hf_ray.toy.language:token_credit_96"}

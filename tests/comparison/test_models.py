@@ -8,7 +8,7 @@ from rich.console import Console
 
 from r3hf_ray.comparison import models
 from r3hf_ray.comparison.models import ToyPaths, prepare_toy, stage_configs
-from r3hf_ray.comparison.settings import CompareConfig, ToySection
+from r3hf_ray.comparison.settings import CompareConfig, FurtherRewardModel, ToySection
 from r3hf_ray.config import RewardConfig, SFTConfig, load
 from r3hf_ray.prepare import StageResult
 
@@ -24,7 +24,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> CompareConfig:
 def test_stages_are_those_of_the_quickstart(config: CompareConfig, tmp_path: Path) -> None:
     toy, paths = config.toy, ToyPaths(tmp_path)
     assert toy is not None
-    sft, reward = stage_configs(toy, paths)
+    sft, (reward,) = stage_configs(toy, paths)
     assert (sft.run.folder / sft.run.name / "model", reward.run.folder / reward.run.name / "model") == (
         paths.policy,
         paths.reward_model,
@@ -33,8 +33,19 @@ def test_stages_are_those_of_the_quickstart(config: CompareConfig, tmp_path: Pat
     assert sft.sft.max_tokens == reward.reward_training.max_tokens == 64
     assert sft.sft == load(SFTConfig, toy.sft_job, []).sft
     assert reward.reward_training == load(RewardConfig, toy.reward_job, []).reward_training
-    longer = stage_configs(toy.model_copy(update={"max_response_tokens": 96}), paths)
-    assert longer[0].sft.max_tokens == longer[1].reward_training.max_tokens == 112
+    longer, (judge,) = stage_configs(toy.model_copy(update={"max_response_tokens": 96}), paths)
+    assert longer.sft.max_tokens == judge.reward_training.max_tokens == 112
+
+
+def test_further_reward_models_differ_in_what_they_say_only(config: CompareConfig, tmp_path: Path) -> None:
+    toy, paths = config.toy, ToyPaths(tmp_path)
+    assert toy is not None
+    summed = FurtherRewardModel(name="summed", overrides=("--reward_training.head", "running_sum"), seed=3)
+    _, (plain, further) = stage_configs(toy.model_copy(update={"reward_models": (summed,)}), paths)
+    assert (further.run.name, further.run.seed, further.reward_training.head) == ("summed", 3, "running_sum")
+    assert (plain.run.name, plain.run.seed, plain.data) == ("reward", toy.seed, further.data)
+    with pytest.raises(ValueError, match="cannot set run"):
+        FurtherRewardModel(name="summed", overrides=("--run.seed", "3"))
 
 
 def test_each_part_is_made_once_and_a_torn_one_again(

@@ -133,6 +133,8 @@ def test_a_users_own_function_gets_everything_and_pays_what_it_says(settings, tm
     (inputs,) = my_credit.seen
     assert inputs.finished.tolist() == [True, False, True]
     assert inputs.token_ids[2, :3].tolist() == ALL[2].token_ids.tolist()
+    assert inputs.by_model.keys() == {"reward"}
+    assert inputs.by_model["reward"].pooled.tolist() == inputs.scores.pooled.tolist()
     results = Scorer(replace(settings, mode="my_credit:broken")).score(ALL)
     assert all(isinstance(result, Failure) for result in results)
     with pytest.raises(ConfigError, match=r"reward\.mode: 'my_credit:absent' names no function"):

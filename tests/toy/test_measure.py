@@ -1,4 +1,3 @@
-import math
 import random
 from pathlib import Path
 
@@ -11,9 +10,7 @@ from r3hf_ray.toy.author import noisy_response
 from r3hf_ray.toy.language import gold_credit, make_request
 from r3hf_ray.toy.measure import (
     credit_quality,
-    policy_gold,
     reward_model_credit,
-    summarize_gold,
     token_rewards,
 )
 from r3hf_ray.toy.sampling import Sample, render_prompt
@@ -44,21 +41,6 @@ def samples(world: Path) -> list[Sample]:
         )
         for request in requests
     ]
-
-
-def test_gold_summary() -> None:
-    summary = summarize_gold([1.0, 2.0, 3.0, 6.0])
-    assert (summary.mean, summary.responses) == (3.0, 4)
-    assert summary.std == pytest.approx(math.sqrt(14 / 3))
-    assert summary.sem == pytest.approx(math.sqrt(14 / 3) / 2)
-    assert str(summary) == "3.00+-1.08"
-
-
-def test_policy_gold_of_an_untrained_policy(world: Path) -> None:
-    rng = random.Random(0)
-    summary = policy_gold(world / "base", [make_request(rng) for _ in range(40)])
-    assert summary.responses == 40
-    assert summary.mean < -5.0, "random words are mostly stray words"
 
 
 def test_known_credit_is_judged_perfect_and_reversed_credit_the_opposite(world: Path, samples: list[Sample]) -> None:

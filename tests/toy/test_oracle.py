@@ -18,13 +18,15 @@ def test_every_token_earns_its_known_credit_and_nothing_else_does() -> None:
     place = torch.arange(width)
     mask = (place >= 5) & (place < torch.tensor([len(row) for row in rows])[:, None])
     zero = torch.zeros(2, width)
+    scores = PrefixScores(prefix=zero, prompt=zero[:, 0], pooled=zero[:, 0])
     inputs = RedistributionInputs(
-        scores=PrefixScores(prefix=zero, prompt=zero[:, 0], pooled=zero[:, 0]),
+        scores=scores,
         response_mask=mask,
         token_ids=token_ids,
         finished=torch.tensor([True, False]),
         behavior_logprobs=zero,
         ref_logprobs=zero,
+        by_model={"reward": scores},
     )
     rewards = gold_token_rewards(inputs)
     for row, response in enumerate(responses):

@@ -1,4 +1,4 @@
-"""Frozen configuration: one schema a command, sections from `sections.py`, TOML in, dotted overrides on top (layer 0).
+"""Frozen configuration: one schema a command, sections from `sections/`, TOML in, dotted overrides on top (layer 0).
 
 Sources are the command line over the TOML file and nothing else: the environment is not read, because ``RUN=x`` in a
 shell would then break or silently override a run. Every problem becomes one line, ``file: section.field: what``.
@@ -17,25 +17,13 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from r3hf_ray.sections import (
-    BaseModelSection,
-    CostSection,
-    CriticSection,
-    DataSection,
-    EvaluationSection,
-    LearnerSection,
-    ModelSection,
-    OptimizerSection,
-    PPOSection,
-    RewardSection,
-    RewardTrainingSection,
-    RolloutSection,
-    RunSection,
-    SFTSection,
-    TrackingSection,
-    TrainerSection,
-    WeightsSection,
-)
+from r3hf_ray.sections.actors import LearnerSection, RolloutSection, TrainerSection, WeightsSection
+from r3hf_ray.sections.data import DataSection
+from r3hf_ray.sections.models import BaseModelSection, CostSection, ModelSection
+from r3hf_ray.sections.ppo import CriticSection, OptimizerSection, PPOSection
+from r3hf_ray.sections.rewards import RewardSection
+from r3hf_ray.sections.runs import EvaluationSection, RunSection, TrackingSection
+from r3hf_ray.sections.stages import RewardTrainingSection, SFTSection
 
 
 class ConfigError(ValueError):

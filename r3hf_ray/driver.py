@@ -32,7 +32,8 @@ from r3hf_ray.config import ConfigError, PPOConfig
 from r3hf_ray.models.load import absolute
 from r3hf_ray.plan import arithmetic
 from r3hf_ray.preflight import Plan, check, check_resources
-from r3hf_ray.sections import RewardSection, RolloutSection
+from r3hf_ray.sections.actors import RolloutSection
+from r3hf_ray.sections.rewards import RewardSection
 from r3hf_ray.tracking.metrics import STEP, JsonlLog, read_metrics
 from r3hf_ray.tracking.progress import Progress
 from r3hf_ray.tracking.provenance import redacted, versions

@@ -22,7 +22,9 @@ from r3hf_ray.models.load import (
 from r3hf_ray.models.method_inputs import sentence_end_ids
 from r3hf_ray.models.scoring import RewardModel, field_of, load_gold
 from r3hf_ray.models.user_functions import user_function
-from r3hf_ray.sections import MODES, CriticSection, ModelSection
+from r3hf_ray.sections.models import ModelSection
+from r3hf_ray.sections.ppo import CriticSection
+from r3hf_ray.sections.rewards import MODES
 from r3hf_ray.types import COST, MAIN
 
 MARGIN = 1e-6

@@ -15,7 +15,7 @@ from r3hf_ray.config import RewardConfig, SFTConfig
 from r3hf_ray.data.chat import chat_format, save_format
 from r3hf_ray.data.loading import Loaded, Report, is_ranked, load_examples, load_groups, load_pairs
 from r3hf_ray.models.load import check_folder, load_tokenizer
-from r3hf_ray.sections import SFTSection
+from r3hf_ray.sections.stages import SFTSection
 from r3hf_ray.tracking.metrics import JsonlLog, read_metrics
 from r3hf_ray.tracking.provenance import redacted, versions
 from r3hf_ray.tracking.run_folder import open_run

@@ -1,4 +1,4 @@
-"""Every jaxtyping annotation of r3hf_ray is enforced while the tests run. Fixtures: tiny models, groups of ranks."""
+"""Every jaxtyping annotation of r3hf_ray is enforced while the tests run. Fixtures: models, groups of ranks, pages."""
 
 import json
 import multiprocessing
@@ -8,6 +8,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +103,64 @@ def run_ranks() -> Callable[..., list[Any]]:
         return [pickle.loads(value) for _, value in results]
 
     return run
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the text of each script, and what is read as text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.texts: list[str] = []
+        self._in = ""
+        self.feed(text)
+
+    @property
+    def data(self) -> Any:
+        """What the page's own script draws: the JSON of the first one."""
+        return json.loads(self.scripts[0])
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Of HTMLParser."""
+        self.tags.append((tag, dict(attrs)))
+        self._in = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        """Of HTMLParser."""
+        self._in = ""
+
+    def handle_data(self, data: str) -> None:
+        """Of HTMLParser."""
+        if self._in == "script":
+            self.scripts[-1] += data
+        elif self._in != "style":
+            self.texts.append(data)
+
+
+@pytest.fixture(scope="session")
+def read_page() -> Callable[[Path], Page]:
+    """`read_page(file)`: an HTML page as a browser reads it."""
+    return lambda path: Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def toy_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained toy policy in `base` and a random toy reward model in `reward`."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForSequenceClassification
+
+    from r3hf_ray.toy.world import make_world
+
+    folder = tmp_path_factory.mktemp("toy_world")
+    make_world(folder, sft_rows=1, train_prompts=1, heldout_prompts=1)
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
+    model.save_pretrained(folder / "reward")
+    AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / "reward")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from r3hf_ray.data.loading import Report
 from r3hf_ray.data.records import Message, Unusable
 from r3hf_ray.data.sources import DataError, open_source
 from r3hf_ray.models.load import ModelError
-from r3hf_ray.sections import DataSection
+from r3hf_ray.sections.data import DataSection
 
 
 @dataclass(frozen=True, slots=True)

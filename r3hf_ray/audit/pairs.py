@@ -8,7 +8,7 @@ from r3hf_ray.data.chat import answer_ids, chat_format, prompt_ids, render_promp
 from r3hf_ray.data.loading import Report, is_ranked, load_pairs
 from r3hf_ray.data.records import Record, Unusable, detect, parse
 from r3hf_ray.data.sources import DataError, open_source
-from r3hf_ray.sections import DataSection
+from r3hf_ray.sections.data import DataSection
 from r3hf_ray.training.reward_model import Pair
 
 

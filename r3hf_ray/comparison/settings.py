@@ -7,7 +7,8 @@ from pydantic import Field, field_validator, model_validator
 
 from r3hf_ray.comparison.schedules import parse_schedule
 from r3hf_ray.config import Command
-from r3hf_ray.sections import NonNegative, Positive, PositiveFloat, RunName, RunSection, Section
+from r3hf_ray.sections.fields import NonNegative, Positive, PositiveFloat, RunName, Section
+from r3hf_ray.sections.runs import RunSection
 
 
 class CompareSection(Section):

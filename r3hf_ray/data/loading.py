@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from r3hf_ray.data.chat import ChatFormat, answer_ids, chat_format, prompt_ids, render_prompt
 from r3hf_ray.data.records import Message, Record, Unusable, detect, parse
 from r3hf_ray.data.sources import DataError, Source, open_source
-from r3hf_ray.sections import DataSection
+from r3hf_ray.sections.data import DataSection
 from r3hf_ray.training.ranking import RankedGroup
 from r3hf_ray.training.reward_model import Pair
 from r3hf_ray.training.sft import Example

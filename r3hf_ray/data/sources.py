@@ -11,7 +11,7 @@ import datasets
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from r3hf_ray.config import ConfigError
-from r3hf_ray.sections import DataSection
+from r3hf_ray.sections.data import DataSection
 
 LOCAL_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv")
 

@@ -19,7 +19,7 @@ from r3hf_ray.algorithms.redistribution import PrefixScores
 from r3hf_ray.models.load import load_reward_model, require_causal
 from r3hf_ray.models.prefix_scores import prefix_scores, prefix_scores_and_attention
 from r3hf_ray.models.translation import Translator
-from r3hf_ray.sections import WITHOUT_PREFIXES
+from r3hf_ray.sections.rewards import WITHOUT_PREFIXES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from r3hf_ray.config import Command, ConfigError, load
-from r3hf_ray.sections import RunSection
+from r3hf_ray.sections.runs import RunSection
 from r3hf_ray.tracking.metrics import next_attempt
 
 PPO_MAY_CHANGE = frozenset(

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import wandb
 from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
-from r3hf_ray.sections import TrackingSection
+from r3hf_ray.sections.runs import TrackingSection
 from r3hf_ray.tracking.metrics import STEP
 from r3hf_ray.tracking.provenance import redacted
 

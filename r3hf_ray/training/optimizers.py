@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from r3hf_ray.sections import OptimizerSection
+from r3hf_ray.sections.ppo import OptimizerSection
 
 
 def adamw(module: nn.Module, settings: OptimizerSection, lr: float) -> AdamW:

@@ -17,7 +17,9 @@ from transformers import (
 )
 
 from r3hf_ray.config import ConfigError
-from r3hf_ray.sections import BaseModelSection, SFTSection, TrainerSection
+from r3hf_ray.sections.actors import TrainerSection
+from r3hf_ray.sections.models import BaseModelSection
+from r3hf_ray.sections.stages import SFTSection
 
 _NAMES = {
     "loss": "loss",

@@ -24,24 +24,12 @@ from r3hf_ray.algorithms.redistribution import (
     uniform,
 )
 from r3hf_ray.algorithms.spans import entropy_ends, ngram_ends, sentence_ends
-from r3hf_ray.sections import MODES
+from r3hf_ray.sections.rewards import MODES
 
 OPTIONS = [
     {"mode": mode, "beta_c": beta_c, "subtract_prompt_score": subtract}
     for mode, beta_c, subtract in itertools.product(["terminal", "r3hf"], [0.0, 0.5, 1.0], [True, False])
 ]
-
-
-def ragged(seed=0, dtype=torch.float64, lengths=((2, 5), (1, 1), (4, 3), (3, 9))):
-    """Prompts and responses of different lengths, right-padded; the pooled score differs from the last prefix score."""
-    generator = torch.Generator().manual_seed(seed)
-    width = max(prompt + response for prompt, response in lengths) + 2
-    position = torch.arange(width)
-    mask = torch.stack([(position >= p) & (position < p + n) for p, n in lengths])
-    prefix = torch.randn(mask.shape, generator=generator, dtype=dtype).masked_fill(~mask, 0.0)
-    prompt = torch.randn(len(lengths), generator=generator, dtype=dtype)
-    pooled = 3 * torch.randn(len(lengths), generator=generator, dtype=dtype)
-    return PrefixScores(prefix=prefix, prompt=prompt, pooled=pooled), mask
 
 
 def brute_force(scores, mask, *, mode, beta_c, subtract_prompt_score):
@@ -71,7 +59,7 @@ def test_the_example_of_the_docstring():
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_equals_the_definition_token_by_token(options):
+def test_equals_the_definition_token_by_token(ragged, options):
     scores, mask = ragged()
     rewards = redistribute(scores, mask, **options)
     np.testing.assert_allclose(rewards, brute_force(scores, mask, **options), rtol=0, atol=1e-14)
@@ -79,7 +67,7 @@ def test_equals_the_definition_token_by_token(options):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_telescopes_to_the_expected_sum(options):
+def test_telescopes_to_the_expected_sum(ragged, options):
     scores, mask = ragged()
     total = redistribute(scores, mask, **options).sum(1)
     torch.testing.assert_close(total, expected_sum(scores, **options), rtol=0, atol=1e-13)
@@ -87,7 +75,7 @@ def test_telescopes_to_the_expected_sum(options):
 
 
 @given(st.integers(0, 2**31), st.lists(st.tuples(st.integers(1, 6), st.integers(1, 40)), min_size=1, max_size=5))
-def test_telescopes_in_float32_for_any_lengths(seed, lengths):
+def test_telescopes_in_float32_for_any_lengths(ragged, seed, lengths):
     scores, mask = ragged(seed, torch.float32, lengths)
     for options in OPTIONS:
         rewards = redistribute(scores, mask, **options)
@@ -95,7 +83,7 @@ def test_telescopes_in_float32_for_any_lengths(seed, lengths):
         assert (telescoping_error(rewards, scores, mask, **options) < 1e-5).all()
 
 
-def test_expected_sums_are_the_documented_ones():
+def test_expected_sums_are_the_documented_ones(ragged):
     scores, _ = ragged()
     score, prompt = scores.pooled, scores.prompt
     sums = {(o["mode"], o["beta_c"], o["subtract_prompt_score"]): expected_sum(scores, **o) for o in OPTIONS}
@@ -104,7 +92,7 @@ def test_expected_sums_are_the_documented_ones():
         torch.testing.assert_close(sums["r3hf", beta_c, subtract], score - beta_c * subtract * prompt)
 
 
-def test_the_template_jump_lands_on_the_last_token():
+def test_the_template_jump_lands_on_the_last_token(ragged):
     scores, mask = ragged()
     jumped = replace(scores, pooled=scores.pooled + 10.0)
     difference = r3hf(jumped, mask) - r3hf(scores, mask)
@@ -112,14 +100,14 @@ def test_the_template_jump_lands_on_the_last_token():
     torch.testing.assert_close(difference.sum(1), torch.full((4,), 10.0, dtype=torch.float64))
 
 
-def test_the_last_prefix_score_itself_is_not_read_but_replaced_by_the_pooled_one():
+def test_the_last_prefix_score_itself_is_not_read_but_replaced_by_the_pooled_one(ragged):
     scores, mask = ragged()
     other = scores.prefix.clone()
     other[0, 6] = 99.0  # the last token of row 0: prompt of 2, response of 5
     assert torch.equal(r3hf(replace(scores, prefix=other), mask), r3hf(scores, mask))
 
 
-def test_the_prompt_score_touches_the_first_token_only():
+def test_the_prompt_score_touches_the_first_token_only(ragged):
     scores, mask = ragged()
     difference = r3hf(scores, mask, subtract_prompt_score=False) - r3hf(scores, mask)
     expected = torch.zeros_like(difference)
@@ -128,7 +116,7 @@ def test_the_prompt_score_touches_the_first_token_only():
     torch.testing.assert_close(difference, expected, rtol=0, atol=1e-14)
 
 
-def test_a_constant_added_to_the_reward_model_cancels_and_its_scale_does_not():
+def test_a_constant_added_to_the_reward_model_cancels_and_its_scale_does_not(ragged):
     scores, mask = ragged()
     shifted = PrefixScores(prefix=scores.prefix + 7.0 * mask, prompt=scores.prompt + 7.0, pooled=scores.pooled + 7.0)
     torch.testing.assert_close(r3hf(shifted, mask), r3hf(scores, mask), rtol=0, atol=1e-13)
@@ -137,7 +125,7 @@ def test_a_constant_added_to_the_reward_model_cancels_and_its_scale_does_not():
     torch.testing.assert_close(r3hf(scaled, mask), 2 * r3hf(scores, mask))
 
 
-def test_a_hole_in_the_mask_pays_the_next_response_token_and_the_sum_stays_exact():
+def test_a_hole_in_the_mask_pays_the_next_response_token_and_the_sum_stays_exact(ragged):
     scores, _ = ragged(lengths=((1, 4),))
     mask = torch.tensor([[False, True, True, False, True, False, False]])
     rewards = r3hf(scores, mask)
@@ -146,7 +134,7 @@ def test_a_hole_in_the_mask_pays_the_next_response_token_and_the_sum_stays_exact
     torch.testing.assert_close(rewards.sum(), (scores.pooled - scores.prompt).sum())
 
 
-def test_padding_is_never_read_and_an_empty_row_earns_nothing():
+def test_padding_is_never_read_and_an_empty_row_earns_nothing(ragged):
     scores, mask = ragged()
     junk = replace(scores, prefix=scores.prefix.masked_fill(~mask, float("nan")))
     for options in OPTIONS:
@@ -160,7 +148,7 @@ def test_padding_is_never_read_and_an_empty_row_earns_nothing():
 
 
 @pytest.mark.parametrize("options", [o for o in OPTIONS if o["mode"] == "r3hf" and o["beta_c"] > 0])
-def test_the_telescoping_error_sees_the_mistakes_it_is_there_for(options):
+def test_the_telescoping_error_sees_the_mistakes_it_is_there_for(ragged, options):
     scores, mask = ragged()
     rewards = redistribute(scores, mask, **options)
     cut = rewards.clone()
@@ -170,7 +158,7 @@ def test_the_telescoping_error_sees_the_mistakes_it_is_there_for(options):
         assert telescoping_error(wrong, scores, mask, **options).max() > 1e-2
 
 
-def test_unknown_names_are_refused_with_the_choices():
+def test_unknown_names_are_refused_with_the_choices(ragged):
     scores, mask = ragged()
     for function in (
         lambda: redistribute(scores, mask, mode="sparse", beta_c=1.0, subtract_prompt_score=True),
@@ -182,7 +170,7 @@ def test_unknown_names_are_refused_with_the_choices():
         settle_eos_jump(scores, mask, torch.ones(4, dtype=torch.bool), rule="pay")
 
 
-def test_every_method_says_what_it_sums_to():
+def test_every_method_says_what_it_sums_to(ragged):
     scores, mask = ragged()
     assert METHODS.keys() == TOTALS.keys() == set(MODES)
     for name, method in bound(mask).items():
@@ -200,7 +188,7 @@ def bound(mask, seed=9):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rule", ["keep", "spread", "drop"])
 @pytest.mark.parametrize(("beta_c", "subtract"), itertools.product([0.3, 1.0], [True, False]))
-def test_every_method_telescopes_in_float32_under_every_rule_for_the_jump(mode, rule, beta_c, subtract):
+def test_every_method_telescopes_in_float32_under_every_rule_for_the_jump(ragged, mode, rule, beta_c, subtract):
     options = {"mode": mode, "beta_c": beta_c, "subtract_prompt_score": subtract}
     scores, mask = ragged(dtype=torch.float32)
     settled = settle_eos_jump(scores, mask, torch.tensor([True, True, False, True]), rule=rule)
@@ -210,7 +198,7 @@ def test_every_method_telescopes_in_float32_under_every_rule_for_the_jump(mode, 
     assert not rewards[~mask].any()
 
 
-def test_uniform_pays_every_token_the_same():
+def test_uniform_pays_every_token_the_same(ragged):
     scores, mask = ragged()
     rewards = uniform(scores, mask)
     assert torch.equal(rewards[0, 2:7], (scores.pooled[0] / 5).expand(5))
@@ -230,7 +218,7 @@ def test_abc_pays_by_attention_renormalised_over_the_response():
     torch.testing.assert_close(mixed[0], torch.tensor([0.0, 0.4, 0.4, 0.8 + 0.4]))
 
 
-def test_segment_is_r3hf_summed_over_spans_and_paid_at_their_last_tokens():
+def test_segment_is_r3hf_summed_over_spans_and_paid_at_their_last_tokens(ragged):
     scores, mask = ragged()
     tokens = r3hf(scores, mask)
     for ends in (ngram_ends(mask, length=2), ngram_ends(mask, length=4), bound(mask)["segment"].keywords["span_ends"]):
@@ -263,7 +251,7 @@ def test_where_spans_end():
     assert torch.equal(entropy_ends(entropy, mask, threshold=0.0), mask)
 
 
-def test_the_jump_at_eos_is_kept_spread_or_dropped_on_finished_responses_only():
+def test_the_jump_at_eos_is_kept_spread_or_dropped_on_finished_responses_only(ragged):
     scores, mask = ragged()
     finished = torch.tensor([True, True, False, True])
     kept, jump = r3hf(scores, mask), eos_jump(scores, mask)
@@ -284,7 +272,7 @@ def test_the_jump_at_eos_is_kept_spread_or_dropped_on_finished_responses_only():
     torch.testing.assert_close(dropped.sum(1), kept.sum(1) - jump * finished)
 
 
-def test_a_users_own_method_is_mixed_masked_and_only_asked_to_be_finite():
+def test_a_users_own_method_is_mixed_masked_and_only_asked_to_be_finite(ragged):
     scores, mask = ragged()
     options = {"mode": "mine:every_other", "beta_c": 0.5, "subtract_prompt_score": False}
 

@@ -5,20 +5,8 @@ from r3hf_ray.algorithms.redistribution import PrefixScores, r3hf, redistribute,
 from r3hf_ray.algorithms.scaling import missing_eos, normalize, normalize_shares
 
 
-def ragged(seed=0, dtype=torch.float64, lengths=((2, 5), (1, 1), (4, 3), (3, 9))):
-    """Prompts and responses of different lengths, right-padded; the pooled score differs from the last prefix score."""
-    generator = torch.Generator().manual_seed(seed)
-    width = max(prompt + response for prompt, response in lengths) + 2
-    position = torch.arange(width)
-    mask = torch.stack([(position >= p) & (position < p + n) for p, n in lengths])
-    prefix = torch.randn(mask.shape, generator=generator, dtype=dtype).masked_fill(~mask, 0.0)
-    prompt = torch.randn(len(lengths), generator=generator, dtype=dtype)
-    pooled = 3 * torch.randn(len(lengths), generator=generator, dtype=dtype)
-    return PrefixScores(prefix=prefix, prompt=prompt, pooled=pooled), mask
-
-
 @pytest.mark.parametrize("terminal_weight", [0.0, 0.5, 1.0])
-def test_normalize_has_no_term_in_the_length(terminal_weight):
+def test_normalize_has_no_term_in_the_length(ragged, terminal_weight):
     scores, mask = ragged(lengths=((1, 1), (1, 10), (1, 200)))
     rewards = r3hf(scores, mask)
     normal = normalize(rewards, mask, mean=3.0, scale=4.0, terminal_weight=terminal_weight)
@@ -31,7 +19,7 @@ def test_normalize_has_no_term_in_the_length(terminal_weight):
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
-def test_whitening_token_rewards_would_pay_for_length(shift_mean):
+def test_whitening_token_rewards_would_pay_for_length(ragged, shift_mean):
     scores, mask = ragged(lengths=((1, 1), (1, 10), (1, 200)))
     rewards = r3hf(scores, mask) + 0.3 * mask
     mean, std = rewards[mask].mean(), rewards[mask].std()
@@ -43,13 +31,13 @@ def test_whitening_token_rewards_would_pay_for_length(shift_mean):
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
-def test_a_scale_that_is_not_positive_is_refused(scale):
+def test_a_scale_that_is_not_positive_is_refused(ragged, scale):
     scores, mask = ragged()
     with pytest.raises(ValueError, match="must be positive"):
         normalize(scores.prefix, mask, mean=0.0, scale=scale, terminal_weight=0.0)
 
 
-def test_missing_eos_rules():
+def test_missing_eos_rules(ragged):
     scores, mask = ragged()
     rewards = r3hf(scores, mask)
     truncated = torch.tensor([True, False, True, False])
@@ -69,7 +57,7 @@ def test_missing_eos_rules():
 
 
 @pytest.mark.parametrize("beta_c", [0.0, 0.8, 1.0])
-def test_shares_of_the_score_become_shares_of_the_centred_score(beta_c):
+def test_shares_of_the_score_become_shares_of_the_centred_score(ragged, beta_c):
     scores, mask = ragged(lengths=((1, 1), (1, 10), (1, 200)))
     options = {"mode": "uniform", "beta_c": beta_c, "subtract_prompt_score": True}
     rewards = redistribute(scores, mask, **options)
@@ -79,7 +67,7 @@ def test_shares_of_the_score_become_shares_of_the_centred_score(beta_c):
     torch.testing.assert_close(normal.sum(1), centred.pooled, rtol=0, atol=1e-13)
 
 
-def test_the_reward_models_offset_and_scale_are_gone_from_shares():
+def test_the_reward_models_offset_and_scale_are_gone_from_shares(ragged):
     scores, mask = ragged()
     moved = PrefixScores(prefix=scores.prefix, prompt=scores.prompt, pooled=5.0 * scores.pooled + 40.0)
     one = normalize_shares(uniform(scores, mask), scores.pooled, mask, mean=0.2, scale=1.5)
@@ -87,13 +75,13 @@ def test_the_reward_models_offset_and_scale_are_gone_from_shares():
     torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
 
 
-def test_shares_of_a_score_that_is_0_are_unknown_and_the_last_token_gets_the_mean():
+def test_shares_of_a_score_that_is_0_are_unknown_and_the_last_token_gets_the_mean(ragged):
     _, mask = ragged(lengths=((1, 3),))
     normal = normalize_shares(torch.zeros(mask.shape), torch.zeros(1), mask, mean=2.0, scale=4.0)
     assert normal.tolist() == [[0.0, 0.0, 0.0, -0.5, 0.0, 0.0]]
 
 
-def test_unknown_rule_is_refused_with_the_choices():
+def test_unknown_rule_is_refused_with_the_choices(ragged):
     scores, mask = ragged()
     with pytest.raises(ValueError, match="choose keep, penalty or zero_credit"):
         missing_eos(scores.prefix, mask, torch.ones(4, dtype=torch.bool), rule="drop", penalty=1.0)

@@ -10,10 +10,9 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from r3hf_ray.audit.answers import Answer, Judge, Scored, load_judge
-from r3hf_ray.toy.world import make_world
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -54,18 +53,6 @@ def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def byte_judge(byte_model: Path) -> Judge:
     return load_judge(str(byte_model))
-
-
-@pytest.fixture(scope="session")
-def toy_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained toy policy in `base` and a random toy reward model in `reward`."""
-    folder = tmp_path_factory.mktemp("toy_world")
-    make_world(folder, sft_rows=1, train_prompts=1, heldout_prompts=1)
-    torch.manual_seed(0)
-    model = LlamaForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
-    model.save_pretrained(folder / "reward")
-    AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / "reward")
-    return folder
 
 
 @pytest.fixture

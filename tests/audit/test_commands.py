@@ -3,9 +3,10 @@
 import json
 import random
 import re
+from collections.abc import Callable
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,32 +18,9 @@ from r3hf_ray.toy.author import noisy_response
 from r3hf_ray.toy.language import make_request
 
 ATTACK = "</script><script>alert('gotcha')</script><img src=x onerror=alert(1)>&\u2028"
+Capture = pytest.CaptureFixture[str]
+ReadPage = Callable[[Path], Any]
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text of each script."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags, self.scripts, self.texts, self._in = [], [], [], ""
-        self.feed(path.read_text(encoding="utf-8"))
-        self.data = json.loads(self.scripts[0])
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self._in = tag
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag):
-        self._in = ""
-
-    def handle_data(self, data):
-        if self._in == "script":
-            self.scripts[-1] += data
-        elif self._in != "style":
-            self.texts.append(data)
 
 
 def marked_row(text: str, question: str = "Who won?") -> dict:
@@ -51,7 +29,9 @@ def marked_row(text: str, question: str = "Who won?") -> dict:
     return {"question": question, "passages": [], "prediction 1": text, "feedback": feedback}
 
 
-def test_credit_on_marked_answers(byte_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_credit_on_marked_answers(
+    read_page: ReadPage, byte_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [marked_row(f"Ann won {i} times. Bob lost. {ATTACK if i == 0 else ''}", ATTACK) for i in range(6)]
     (tmp_path / "marked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["credit", "--benchmark", str(tmp_path / "marked.jsonl"), "--reward-model", str(byte_model)]
@@ -67,7 +47,7 @@ def test_credit_on_marked_answers(byte_model: Path, tmp_path: Path, capsys: pyte
         "longer wins",
     ]
     assert numbers["corrected_pairs"][2]["accuracy"]["value"] == 1.0
-    page = Page(tmp_path / "out/credit.html")
+    page = read_page(tmp_path / "out/credit.html")
     assert len(page.scripts) == 3 and not any("gotcha" in script for script in page.scripts[1:])
     assert not any(tag == "img" or name.startswith("on") for tag, attributes in page.tags for name in attributes)
     assert page.data["cards"][0]["prompt"] == ATTACK and ATTACK in page.data["cards"][0]["texts"][0]["tags"]
@@ -76,11 +56,11 @@ def test_credit_on_marked_answers(byte_model: Path, tmp_path: Path, capsys: pyte
     assert policy.startswith("default-src 'none'") and policy.count("'sha256-") == 2
 
 
-def test_a_card_has_one_value_a_token(byte_model: Path, tmp_path: Path) -> None:
+def test_a_card_has_one_value_a_token(read_page: ReadPage, byte_model: Path, tmp_path: Path) -> None:
     (tmp_path / "marked.jsonl").write_text("".join(json.dumps(marked_row(f"Ann won {i}.")) + "\n" for i in range(3)))
     arguments = ["credit", "--benchmark", str(tmp_path / "marked.jsonl"), "--reward-model", str(byte_model)]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
-    for card in Page(tmp_path / "out/credit.html").data["cards"]:
+    for card in read_page(tmp_path / "out/credit.html").data["cards"]:
         (text,) = card["texts"]
         count = len(text["text"])
         assert "".join(text["text"]).endswith("<|im_end|>")
@@ -90,19 +70,23 @@ def test_a_card_has_one_value_a_token(byte_model: Path, tmp_path: Path) -> None:
         assert all(len(panel["values"]) == count for panel in card["panels"] if panel["values"] is not None)
 
 
-def test_credit_on_the_toy(toy_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_credit_on_the_toy(
+    read_page: ReadPage, toy_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A random reward model misses bars: exit code 1, each named."""
     arguments = ["--benchmark", "toy", "--reward-model", str(toy_world / "reward"), "--limit", "40"]
     assert main(["credit", *arguments, "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().out
     assert "missed: phrase AUC of r3hf is" in said and "met: phrase AUC of the oracle is 1.000" in said
-    page = Page(tmp_path / "out/credit.html")
+    page = read_page(tmp_path / "out/credit.html")
     titles = [panel["title"] for panel in page.data["cards"][0]["panels"]]
     assert titles[:2] == ["known credit", "r3hf"] and len(set(titles)) == len(titles)
     assert any("bars missed" in text for text in page.texts)
 
 
-def test_audit_of_pairs_and_of_rankings(toy_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_audit_of_pairs_and_of_rankings(
+    read_page: ReadPage, toy_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rng = random.Random(0)
     pairs, ranked = [], []
     for _ in range(30):
@@ -120,7 +104,7 @@ def test_audit_of_pairs_and_of_rankings(toy_world: Path, tmp_path: Path, capsys:
         assert numbers["audit"]["telescoping_error"] < 1e-5
         assert numbers["verdict"]["sentence"] in capsys.readouterr().out.replace("\n", " ")
         results.append(numbers["audit"]["accuracy"])
-        page = Page(tmp_path / name / "audit.html")
+        page = read_page(tmp_path / name / "audit.html")
         assert len(page.data["charts"]) == 5 and len(page.data["cards"]) == 8
         assert [len(card["texts"]) for card in page.data["cards"]] == [2] * 8
     assert results[0] == results[1]  # a ranking gives its first preference

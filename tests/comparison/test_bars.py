@@ -9,7 +9,7 @@ from r3hf_ray.comparison.bars import arm_results, judge_bars
 from r3hf_ray.comparison.records import Record, Status
 from r3hf_ray.comparison.settings import Arm, CompareConfig, CompareSection, Expectation
 from r3hf_ray.comparison.statistics import Reach
-from r3hf_ray.sections import RunSection
+from r3hf_ray.sections.runs import RunSection
 
 
 def config(measure: str, bound: float) -> CompareConfig:

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from r3hf_ray.data.sources import DataError, open_source
-from r3hf_ray.sections import DataSection
+from r3hf_ray.sections.data import DataSection
 
 ROWS = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "d é", "chosen": "e", "rejected": "f"}]
 

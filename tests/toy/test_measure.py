@@ -14,24 +14,12 @@ from r3hf_ray.toy.measure import (
     token_rewards,
 )
 from r3hf_ray.toy.sampling import Sample, render_prompt
-from r3hf_ray.toy.world import make_world
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder, sft_rows=1, train_prompts=1, heldout_prompts=1)
-    torch.manual_seed(0)
-    model = LlamaForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
-    model.save_pretrained(folder / "reward")
-    AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / "reward")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def samples(world: Path) -> list[Sample]:
+def samples(toy_world: Path) -> list[Sample]:
     """Responses by the noisy author: both kinds of credit, finished and cut."""
-    rng, tokenizer = random.Random(0), AutoTokenizer.from_pretrained(world / "base")
+    rng, tokenizer = random.Random(0), AutoTokenizer.from_pretrained(toy_world / "base")
     requests = [make_request(rng) for _ in range(60)]
     return [
         Sample(
@@ -43,8 +31,8 @@ def samples(world: Path) -> list[Sample]:
     ]
 
 
-def test_known_credit_is_judged_perfect_and_reversed_credit_the_opposite(world: Path, samples: list[Sample]) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+def test_known_credit_is_perfect_and_reversed_credit_the_opposite(toy_world: Path, samples: list[Sample]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(toy_world / "base")
     golds = [np.array(gold_credit(s.request.text, tokenizer.decode(s.response_ids))) for s in samples]
     scores = np.array([gold.sum() for gold in golds])
     perfect = credit_quality(golds, scores, samples, tokenizer)
@@ -57,9 +45,9 @@ def test_known_credit_is_judged_perfect_and_reversed_credit_the_opposite(world: 
     assert reverse.score_pearson == pytest.approx(-1.0)
 
 
-def test_credit_one_token_late_is_right_by_phrase(world: Path) -> None:
+def test_credit_one_token_late_is_right_by_phrase(toy_world: Path) -> None:
     """Facts and fillers whose credit lands on the stop behind them: chance by token, perfect by phrase."""
-    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    tokenizer = AutoTokenizer.from_pretrained(toy_world / "base")
     rng = random.Random(0)
     text = "gardens grow . um . gardens age . well . <eos>"
     request = next(r for r in iter(lambda: make_request(rng), None) if r.text == "gardening no-slang casually")
@@ -70,9 +58,9 @@ def test_credit_one_token_late_is_right_by_phrase(world: Path) -> None:
     assert quality.phrase_pearson == pytest.approx(1.0)
 
 
-def test_token_rewards_are_differences_of_prefix_scores(world: Path, samples: list[Sample]) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(world / "base")
-    model = LlamaForSequenceClassification.from_pretrained(world / "reward").eval()
+def test_token_rewards_are_differences_of_prefix_scores(toy_world: Path, samples: list[Sample]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(toy_world / "base")
+    model = LlamaForSequenceClassification.from_pretrained(toy_world / "reward").eval()
     rewards, scores = token_rewards(model, tokenizer, samples[:7], batch_size=3)
     for sample, reward, score in zip(samples[:7], rewards, scores, strict=True):
         ids = sample.prompt_ids + sample.response_ids
@@ -85,9 +73,9 @@ def test_token_rewards_are_differences_of_prefix_scores(world: Path, samples: li
         assert reward.sum() == pytest.approx(prefixes[-1] - prefixes[first], abs=1e-5)
 
 
-def test_reward_model_credit_reads_folders(world: Path) -> None:
+def test_reward_model_credit_reads_folders(toy_world: Path) -> None:
     rng = random.Random(1)
-    quality = reward_model_credit(world / "reward", world / "base", [make_request(rng) for _ in range(30)])
+    quality = reward_model_credit(toy_world / "reward", toy_world / "base", [make_request(rng) for _ in range(30)])
     assert quality.responses == 30
     assert abs(quality.score_pearson) < 0.7, "an untrained reward model knows nothing"
     assert 0.0 < quality.token_auc < 1.0

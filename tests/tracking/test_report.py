@@ -3,7 +3,6 @@ import re
 import shutil
 import subprocess
 import time
-from html.parser import HTMLParser
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,42 +17,17 @@ from r3hf_ray.tracking.summary import duration, tiles, verdict
 ATTACK = "</script><script>alert('gotcha')</script><img src=x onerror=alert(1)>&\u2028"
 
 
-class Page(HTMLParser):
-    """Tags with their attributes, and the text of each script."""
+@pytest.fixture
+def page_of(read_page):
+    def report(folder):
+        path = write_report(folder)
+        assert path == folder / "report.html"
+        return read_page(path)
 
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.scripts, self.text = [], [], []
-        self._in = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self._in = tag
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag):
-        self._in = ""
-
-    def handle_data(self, data):
-        if self._in == "script":
-            self.scripts[-1] += data
-        elif self._in != "style":
-            self.text.append(data)
+    return report
 
 
-def page_of(folder):
-    path = write_report(folder)
-    assert path == folder / "report.html"
-    return Page(path.read_text(encoding="utf-8"))
-
-
-def data_of(page):
-    return json.loads(page.scripts[0])
-
-
-def test_untrusted_text_stays_text(tmp_path, make_run):
+def test_untrusted_text_stays_text(page_of, tmp_path, make_run):
     folder = make_run(tmp_path / "toy", texts=(ATTACK, " b"), event_text=ATTACK, name_of_event=ATTACK)
     (folder / "config.toml").write_text(f"[data]\nsource = {json.dumps(ATTACK)}\n")
     with JsonlLog(folder / "metrics.jsonl") as log:
@@ -61,18 +35,18 @@ def test_untrusted_text_stays_text(tmp_path, make_run):
     page = page_of(folder)
     assert len(page.scripts) == 3 and not any("gotcha" in script for script in page.scripts[1:])
     assert not any(tag == "img" or name.startswith("on") for tag, attributes in page.tags for name in attributes)
-    assert data_of(page)["dumps"][0]["responses"][0]["text"][0] == ATTACK
-    assert sum(ATTACK in text for text in page.text) >= 3
+    assert page.data["dumps"][0]["responses"][0]["text"][0] == ATTACK
+    assert sum(ATTACK in text for text in page.texts) >= 3
 
 
-def test_scripts_of_the_page_and_no_other_may_run(tmp_path, make_run):
+def test_scripts_of_the_page_and_no_other_may_run(page_of, tmp_path, make_run):
     page = page_of(make_run(tmp_path / "toy"))
     (policy,) = [a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
     assert policy.startswith("default-src 'none'") and policy.count("'sha256-") == 2
     assert "unsafe" not in policy[policy.index("script-src") :]
 
 
-def test_nothing_is_loaded(tmp_path, make_run):
+def test_nothing_is_loaded(page_of, tmp_path, make_run):
     page = page_of(make_run(tmp_path / "toy"))
     loads = [a[name] for _, a in page.tags for name in ("src", "href", "data", "action") if name in a]
     assert loads and all(target.startswith("#") for target in loads)
@@ -81,12 +55,12 @@ def test_nothing_is_loaded(tmp_path, make_run):
     assert not re.search(r"https?://|@import|url\(", text)
 
 
-def test_every_metric_is_in_the_table_and_every_curve_has_all_its_numbers(tmp_path, make_run):
+def test_every_metric_is_in_the_table_and_every_curve_has_all_its_numbers(page_of, tmp_path, make_run):
     folder = make_run(tmp_path / "toy")
     page, rows = page_of(folder), read_metrics(folder)
-    assert set(METRICS) <= set(page.text)
+    assert set(METRICS) <= set(page.texts)
     figures = [figure for chapter in (LEARNING, CREDIT, UPDATE, SYSTEM) for figure in chapter.figures]
-    charts = data_of(page)["charts"]
+    charts = page.data["charts"]
     assert [chart["title"] for chart in charts] == [figure.title for figure in figures]
     assert len([tag for tag, a in page.tags if a.get("class") == "plot"]) == len(charts)
     for figure, chart in zip(figures, charts, strict=True):
@@ -99,15 +73,15 @@ def test_figures_name_metrics_that_exist():
     assert {line.metric for line in lines} | {line.band for line in lines if line.band} <= set(METRICS)
 
 
-def test_versions_settings_and_events_are_told_and_secrets_are_not(tmp_path, make_run):
+def test_versions_settings_and_events_are_told_and_secrets_are_not(page_of, tmp_path, make_run):
     folder = make_run(tmp_path / "toy")
-    text = page_of(folder).text
+    text = page_of(folder).texts
     assert {"2.13.0", "steps", "6"} <= set(text) and any("slow disk" in part for part in text)
     assert "hunter2" not in (folder / "report.html").read_text()
 
 
-def test_responses_carry_the_numbers_of_the_samples(tmp_path, make_run):
-    data = data_of(page_of(make_run(tmp_path / "toy")))
+def test_responses_carry_the_numbers_of_the_samples(page_of, tmp_path, make_run):
+    data = page_of(make_run(tmp_path / "toy")).data
     assert [dump["step"] for dump in data["dumps"]] == [2, 6]
     response = data["dumps"][1]["responses"][0]
     assert response["text"] == ["Stir", " well", "\n", "<eos>"]
@@ -115,36 +89,36 @@ def test_responses_carry_the_numbers_of_the_samples(tmp_path, make_run):
     assert response["gold"] is None and response["value"] == [0.5] * 4
 
 
-def test_every_method_has_a_row_for_the_chosen_responses(tmp_path, make_run):
+def test_every_method_has_a_row_for_the_chosen_responses(page_of, tmp_path, make_run):
     page = page_of(make_run(tmp_path / "toy"))
-    cards = data_of(page)["cards"]
+    cards = page.data["cards"]
     assert [card["label"].split(",")[0] for card in cards] == ["Step 6", "Step 6", "Step 2", "Step 2"]
     for card in cards:
         assert [row["title"] for row in card["panels"]] == ["r3hf", "segment", "uniform", "terminal"]
         assert card["texts"][0]["text"] == ["Stir", " well", "\n", "<eos>"]
-    assert {"r3hf", "segment", "uniform", "terminal"} <= set(page.text)  # and what each does, without the script
-    assert not any("Underlines are the truth" in text for text in page.text)
+    assert {"r3hf", "segment", "uniform", "terminal"} <= set(page.texts)  # and what each does, without the script
+    assert not any("Underlines are the truth" in text for text in page.texts)
 
 
-def test_the_truth_is_explained_where_it_is_known(tmp_path, make_run, token_rows):
+def test_the_truth_is_explained_where_it_is_known(page_of, tmp_path, make_run, token_rows):
     folder = make_run(tmp_path / "toy")
     write_samples(folder, 6, [row | {"gold_credit": 1.0 - row["position"]} for row in token_rows(6)])
     page = page_of(folder)
-    assert data_of(page)["cards"][0]["texts"][0]["marks"] == [1, 0, -1, -1]
-    assert any("Underlines are the truth" in text for text in page.text)
+    assert page.data["cards"][0]["texts"][0]["marks"] == [1, 0, -1, -1]
+    assert any("Underlines are the truth" in text for text in page.texts)
     assert [a["class"] for tag, a in page.tags if tag == "span" and "-mark" in a.get("class", "")] == [
         "tok plus-mark",
         "tok minus-mark",
     ]
 
 
-def test_dumps_of_an_older_version_have_a_report_without_methods(tmp_path, make_run):
+def test_dumps_of_an_older_version_have_a_report_without_methods(page_of, tmp_path, make_run):
     folder = make_run(tmp_path / "toy")
     for path in (folder / "samples").glob("*.parquet"):
         pq.write_table(pq.read_table(path).drop_columns(["prompt_score", "gold_credit"]), path)
     page = page_of(folder)
-    assert data_of(page)["cards"] == [] and not any(a.get("id") == "cards" for _, a in page.tags)
-    assert len(data_of(page)["dumps"]) == 2
+    assert page.data["cards"] == [] and not any(a.get("id") == "cards" for _, a in page.tags)
+    assert len(page.data["dumps"]) == 2
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -152,9 +126,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page in")
-def test_a_browser_draws_every_row_of_every_card(tmp_path, make_run):
+def test_a_browser_draws_every_row_of_every_card(page_of, tmp_path, make_run):
     folder = make_run(tmp_path / "toy", texts=(ATTACK, " b", "\n", " c", "<eos>"))
-    cards = data_of(page_of(folder))["cards"]
+    cards = page_of(folder).data["cards"]
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--window-size=1300,900"]
     drawn = subprocess.run(
         [CHROMIUM, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{folder}/report.html"],
@@ -171,24 +145,24 @@ def test_a_browser_draws_every_row_of_every_card(tmp_path, make_run):
     assert "+4.00" in body and body.count("score so far") >= len(cards)  # the sum that terminal pays
 
 
-def test_first_and_last_dump_are_always_among_those_shown(tmp_path, token_rows):
+def test_first_and_last_dump_are_always_among_those_shown(page_of, tmp_path, token_rows):
     for step in range(5, 105, 5):
         write_samples(tmp_path, step, token_rows(step))
-    steps = [dump["step"] for dump in data_of(page_of(tmp_path))["dumps"]]
+    steps = [dump["step"] for dump in page_of(tmp_path).data["dumps"]]
     assert len(steps) == MAX_DUMPS and steps[0] == 5 and steps[-1] == 100
 
 
-def test_an_empty_folder_has_a_report(tmp_path):
-    assert any("No step has finished yet" in text for text in page_of(tmp_path).text)
+def test_an_empty_folder_has_a_report(page_of, tmp_path):
+    assert any("No step has finished yet" in text for text in page_of(tmp_path).texts)
 
 
-def test_a_restart_is_marked_at_its_step(tmp_path, make_run):
-    data = data_of(page_of(make_run(tmp_path / "toy", name_of_event="restart")))
+def test_a_restart_is_marked_at_its_step(page_of, tmp_path, make_run):
+    data = page_of(make_run(tmp_path / "toy", name_of_event="restart")).data
     assert data["marks"] == [{"x": 3, "label": "restart"}]
 
 
 @pytest.mark.slow
-def test_a_long_run_with_long_responses_takes_less_than_10_seconds(tmp_path, token_rows):
+def test_a_long_run_with_long_responses_takes_less_than_10_seconds(page_of, tmp_path, token_rows):
     with JsonlLog(tmp_path / "metrics.jsonl") as log:
         for step in range(1, 3001):
             log.write({"train/global_step": step, "attempt": 0} | dict.fromkeys(METRICS, 1.0 / step))
@@ -197,7 +171,7 @@ def test_a_long_run_with_long_responses_takes_less_than_10_seconds(tmp_path, tok
     start = time.process_time()  # CPU time: the machine may be busy
     page = page_of(tmp_path)
     assert time.process_time() - start < 10
-    assert max(len(line["x"]) for chart in data_of(page)["charts"] for line in chart["lines"]) <= MAX_POINTS + 1
+    assert max(len(line["x"]) for chart in page.data["charts"] for line in chart["lines"]) <= MAX_POINTS + 1
 
 
 def test_thinning_keeps_first_and_last():

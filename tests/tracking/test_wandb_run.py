@@ -5,14 +5,14 @@ import sys
 import pytest
 import wandb
 
-from r3hf_ray.sections import TrackingSection
+from r3hf_ray.sections.runs import TrackingSection
 from r3hf_ray.tracking.metrics import read_jsonl
 from r3hf_ray.tracking.wandb_run import WandbRun, coloured_tokens, resolve_mode
 
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from r3hf_ray.sections import TrackingSection
+from r3hf_ray.sections.runs import TrackingSection
 from r3hf_ray.tracking.metrics import read_jsonl
 from r3hf_ray.tracking.samples import read_samples
 from r3hf_ray.tracking.wandb_run import WandbRun

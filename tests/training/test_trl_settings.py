@@ -6,7 +6,9 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from r3hf_ray.config import ConfigError
-from r3hf_ray.sections import BaseModelSection, SFTSection, TrainerSection
+from r3hf_ray.sections.actors import TrainerSection
+from r3hf_ray.sections.models import BaseModelSection
+from r3hf_ray.sections.stages import SFTSection
 from r3hf_ray.training.trl_settings import MetricsCallback, arguments, split_batch
 
 

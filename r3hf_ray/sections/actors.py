@@ -1,0 +1,101 @@
+"""Ray's processes: samplers, learner ranks, ranks of a preparatory stage, and the way of weights between them."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from r3hf_ray.sections.fields import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+
+
+class RolloutSection(Section):
+    """Rollout actors: one vLLM engine each."""
+
+    actors: Positive = 1
+    """Rollout actors. [actors]"""
+    prompts_per_step: Positive = 32
+    """Prompts drawn for one PPO step. [prompts]"""
+    samples_per_prompt: Positive = 1
+    """Responses to each prompt. A step trains on prompts_per_step * samples_per_prompt. [responses]"""
+    chunks_per_step: Positive = 2
+    """A step's prompts are generated in this many equal chunks, so scoring overlaps with generation. [chunks]"""
+    max_response_tokens: Positive = 48
+    """Longest response, EOS included. [tokens]"""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; every logprob of the run is taken at it."""
+    top_p: float = 1.0
+    """Must stay 1: otherwise the behaviour logprobs would not be the policy's."""
+    top_k: int = -1
+    """Must stay -1 (off), for the same reason."""
+    max_lag: NonNegative = 0
+    """Weights versions a sample may be behind the learner: 0 is synchronous PPO, 1 overlaps with learning. [steps]"""
+    max_attempts: Positive = 3
+    """Attempts at a prompt before it is quarantined and counted. [attempts]"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type of the sampling weights."""
+    cpus_per_actor: NonNegativeFloat = 0.3
+    """Logical CPUs an actor asks of Ray. [CPUs]"""
+    gpus_per_actor: NonNegativeFloat = 0.0
+    """GPUs an actor asks of Ray. [GPUs]"""
+    threads: Positive = 1
+    """Threads of one engine on CPU. [threads]"""
+    kv_cache_gb: Positive = 1
+    """KV cache of one engine on CPU. [GiB]"""
+    gpu_memory_utilization: Fraction = 0.85
+    """Share of a GPU's memory that vLLM may take."""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of `vllm.LLM`, as they are."""
+
+
+class LearnerSection(Section):
+    """The Ray Train group."""
+
+    ranks: Positive = 2
+    """Learner ranks. [processes]"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of forward and backward; master weights and optimizer state stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, about a third more time."""
+    shard_blocks: Literal["auto", "always", "never"] = "auto"
+    """Shard each decoder block apart, or the root only; `auto`: blocks above 100M parameters."""
+    checkpoint_every: NonNegative = 20
+    """Steps between sharded checkpoints; 0: only at the end. [steps]"""
+    keep_checkpoints: Positive = 2
+    """Checkpoints kept. [checkpoints]"""
+    max_failures: NonNegative = 2
+    """Restarts from the last committed checkpoint after a rank dies. [restarts]"""
+    cpus_per_rank: NonNegativeFloat = 0.4
+    """Logical CPUs a rank asks of Ray. [CPUs]"""
+    gpus_per_rank: NonNegativeFloat = 0.0
+    """GPUs a rank asks of Ray; a rank uses CUDA and NCCL when above 0. [GPUs]"""
+    threads: Positive = 1
+    """Torch threads of one rank. [threads]"""
+
+
+class WeightsSection(Section):
+    """How weights travel to the samplers and how their arrival is proven."""
+
+    backend: Literal["auto", "object_ref", "nccl"] = "auto"
+    """`auto`: `nccl` when learner and rollouts have whole GPUs of their own, otherwise `object_ref`."""
+    bucket_mb: Positive = 256
+    """Weights are published in objects of about this size. [MiB]"""
+    probe_tokens: NonNegative = 32
+    """Length of the probe sequence whose logprobs learner and sampler compare at each sync: one forward of it on both
+    sides; 0: off. [tokens]"""
+    max_logprob_gap: PositiveFloat | None = None
+    """Largest mean absolute difference of the probe's logprobs before the run stops; by data type when left out
+    (float32 1e-3, otherwise 0.05). [nats]"""
+
+
+class TrainerSection(Section):
+    """The Ray Train group of a preparatory stage."""
+
+    ranks: Positive = 1
+    """Ranks. [processes]"""
+    cpus_per_rank: NonNegativeFloat = 1.0
+    """Logical CPUs a rank asks of Ray. [CPUs]"""
+    gpus_per_rank: NonNegativeFloat = 0.0
+    """GPUs a rank asks of Ray. [GPUs]"""
+    threads: Positive = 2
+    """Torch threads of one rank. [threads]"""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward."""

@@ -18,7 +18,6 @@ from r3hf_ray.toy.author import noisy_response
 from r3hf_ray.toy.language import make_request
 
 ATTACK = "</script><script>alert('gotcha')</script><img src=x onerror=alert(1)>&\u2028"
-Capture = pytest.CaptureFixture[str]
 ReadPage = Callable[[Path], Any]
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

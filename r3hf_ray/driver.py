@@ -5,6 +5,7 @@ The learner group runs in a thread (`TorchTrainer.fit()` blocks). Only this proc
 """
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ from r3hf_ray.tracking.wandb_run import WandbRun
 POLL_SECONDS = 0.25
 STOP_SECONDS = 10.0
 """How long a failed run waits for its learner ranks to leave by themselves. [s]"""
+REACH_SECONDS = 10.0
+"""How long a cluster may take to accept a connection. [s]"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +66,10 @@ def ray_session(cpus: float | None) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start a Ray instance for this command.
 
     An instance that is already initialised is used as it is, so several stages can share one.
+
+    Raises:
+        ConfigError: the cluster cannot be joined.
+        RunFailed: no instance of its own came up.
     """
     if ray.is_initialized():
         yield
@@ -73,17 +80,35 @@ def ray_session(cpus: float | None) -> Iterator[None]:
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     }.items():
         os.environ.setdefault(name, value)
-    joined = "RAY_ADDRESS" in os.environ
-    options: dict[str, Any] = {} if joined else {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     try:
+        if address is not None:
+            require_answer(address)
+            options = {}
         ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)
-    except (ConnectionError, AuthenticationError) as error:
-        address = os.environ.get("RAY_ADDRESS", "local")
-        raise ConfigError(f"RAY_ADDRESS: cannot join the cluster at {address}: {sentence_of(error)}") from error
+    except (OSError, AuthenticationError) as error:  # Ray's own is a ConnectionError
+        where = "" if address is None else f"RAY_ADDRESS: cannot join the cluster at {address}: "
+        raise ConfigError(f"{where}{sentence_of(error)}") from error
+    except Exception as error:  # the start of a local one that takes too long is a bare Exception
+        raise RunFailed(
+            f"Ray did not start: {sentence_of(error)}; is the machine overloaded, or its disk or memory full?"
+        ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def require_answer(address: str) -> None:
+    """See that something listens at ``host:port``: Ray would wait for a cluster that is gone for ten minutes, silently.
+
+    Raises:
+        OSError: nothing does within 10 s.
+    """
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
 
 
 def run_ppo(config: PPOConfig, *, resume: bool, console: Console) -> RunResult:

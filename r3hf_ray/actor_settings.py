@@ -39,6 +39,7 @@ def scoring_settings(config: PPOConfig, plan: Plan) -> ScoringSettings:
         temperature=config.rollout.temperature,
         mode=reward.mode,
         beta_c=reward.method_weight,
+        prefixes_from=reward.prefixes_from,
         subtract_prompt_score=reward.subtract_prompt_score,
         eos_jump=reward.eos_jump,
         segment_by=reward.segment_by,

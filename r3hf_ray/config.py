@@ -175,7 +175,16 @@ class PPOConfig(Command):
         reward, ppo = self.reward, self.ppo
         differences = reward.mode in ("r3hf", "segment")
         grouped = ppo.advantage in ("rloo", "grpo")
+        lender, names = reward.prefixes_from, [further.name for further in self.model.rewards]
         return [
+            (
+                lender is None or lender in names,
+                f"reward.prefixes_from = {lender} is none of [[model.rewards]] ({', '.join(names) or 'empty'})",
+            ),
+            (
+                lender is None or reward.reads_prefixes,
+                f"reward.prefixes_from needs a mode that reads prefixes, not reward.mode = {reward.mode}",
+            ),
             (
                 reward.eos_jump == "keep" or reward.reads_prefixes,
                 f"reward.eos_jump = {reward.eos_jump} needs a mode that pays differences of prefix scores, not "

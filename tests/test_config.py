@@ -162,6 +162,11 @@ def test_one_sentence_for_a_wrong_field(tmp_path: Path, text: str, sentence: str
             ["cost.multiplier (3)", "cost.max_multiplier (2)"],
         ),
         (["--model.reward_weight", "0"], ["model.reward_weight = 0 leaves no model"]),
+        (["--reward.prefixes_from", "early"], ["reward.prefixes_from = early is none of [[model.rewards]] (empty)"]),
+        (
+            ["--reward.mode", "terminal", "--reward.prefixes_from", "early"],
+            ["reward.prefixes_from needs a mode that reads prefixes", "reward.mode = terminal"],
+        ),
         (
             ["--model.reward_weight", "0", "--model.cost", "c", "--critic.init", "reward_model"],
             ["critic.init = reward_model", "model.reward_weight must be above 0"],

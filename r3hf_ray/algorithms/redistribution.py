@@ -40,6 +40,15 @@ class PrefixScores:
         """The same scores; with P_0 = 0 unless ``subtract_prompt_score``."""
         return self if subtract_prompt_score else replace(self, prompt=torch.zeros_like(self.prompt))
 
+    def carried_by(self, other: "PrefixScores", response_mask: Bool[Tensor, "B T"]) -> "PrefixScores":
+        """Prompt score and reward of these, on the way between them the steps of ``other``: ``P_t := P_0 + Q_t - Q_0``.
+
+        A potential of the state like any other, so all that holds of `r3hf` still holds; the last token earns what is
+        left, ``R - P_{T-1}``. Both must be in one unit, such as logits of the same preferences.
+        """
+        steps = self.prompt[:, None] + other.prefix - other.prompt[:, None]
+        return replace(self, prefix=steps.masked_fill(~response_mask, 0.0))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedistributionInputs:
@@ -64,7 +73,7 @@ class RedistributionInputs:
     ref_logprobs: Float[Tensor, "B T"]
     """Of the frozen reference. [nats]"""
     by_model: Mapping[str, PrefixScores]
-    """Of every reward model of the run, by name, as they were read; ``"reward"`` is `model.reward_model`. So one's
+    """Of every reward model of the run, by name; ``"reward"`` is `model.reward_model`. So one's
     prefixes can carry the reward of another; a model of weight 0 is read and pays nothing."""
 
 

@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from r3hf_ray.algorithms.redistribution import RedistributionInputs, r3hf
-from r3hf_ray.types import MAIN
 
 KEPT = 0.5
 """Share of the old average that each token keeps in `smoothed`."""
@@ -30,21 +29,6 @@ def smoothed(inputs: RedistributionInputs) -> Float[Tensor, "B T"]:
         average = torch.where(mask[:, t], KEPT * average + (1.0 - KEPT) * scores.prefix[:, t], average)
         smooth[:, t] = average
     return _paid(inputs, smooth - scores.prompt[:, None])
-
-
-def borrowed(inputs: RedistributionInputs) -> Float[Tensor, "B T"]:
-    """The reward of the model that is paid, on the way there the prefixes of another: ``Phi_t = Q_t - Q_0``.
-
-    Q is the one further model, of weight 0: a running-sum or prefix-aware reward model, say, whose prefixes are better
-    credit and whose final score is not to be optimised. Both are logits of the same preferences, so they share a unit.
-
-    Raises:
-        ValueError: there is not exactly one further model.
-    """
-    others = [scores for name, scores in inputs.by_model.items() if name != MAIN]
-    if len(others) != 1:
-        raise ValueError(f"borrowed reads the prefixes of one model in [[model.rewards]], not of {len(others)}")
-    return _paid(inputs, others[0].prefix - others[0].prompt[:, None])
 
 
 def agreed(inputs: RedistributionInputs) -> Float[Tensor, "B T"]:

@@ -49,6 +49,8 @@ class ScoringSettings:
     mode: str = "r3hf"
     beta_c: float = 1.0
     """Share of the reward that the method redistributes (`RewardSection.method_weight`)."""
+    prefixes_from: str | None = None
+    """Which of `further` lends `reward_model` its prefix scores."""
     subtract_prompt_score: bool = True
     eos_jump: str = "keep"
     segment_by: str = "sentence"
@@ -126,7 +128,7 @@ class Scorer:
             [t.finish is Finish.EOS for t in trajectories],
             device=device,
         )
-        readings = {name: reader.read(batch) for name, reader in self._readers.items()}
+        readings = self._read(batch)
         ref, entropy = self._refer(batch)
         evidence = Evidence(
             token_ids=batch.token_ids,
@@ -149,6 +151,14 @@ class Scorer:
                 yield Failure(prompt_id=trajectory.prompt_id, sample=trajectory.sample, stage="score", reason=reason)
             else:
                 yield _scored(trajectory, parts, logprobs, losses[row])
+
+    def _read(self, batch: Sampled) -> dict[str, Reading]:
+        """Each model's reading, the main one's with the prefixes that carry its reward."""
+        readings = {name: reader.read(batch) for name, reader in self._readers.items()}
+        if self._settings.prefixes_from is not None:
+            main, other = readings[MAIN], readings[self._settings.prefixes_from]
+            readings[MAIN] = replace(main, scores=main.scores.carried_by(other.scores, batch.response_mask))
+        return readings
 
     def _redistribute(self, reading: Reading, evidence: Evidence) -> Tensor:
         settings = self._settings

@@ -23,6 +23,10 @@ class RewardSection(Section):
     (`abc`), or by your own `package.module:function` (see `RedistributionInputs`)."""
     beta_c: Fraction = 1.0
     """Not for `terminal` and `abc`: beta_c * redistributed + (1 - beta_c) * terminal (paper, Eq. 7)."""
+    prefixes_from: str | None = None
+    """Name of one of `[[model.rewards]]`, usually of weight 0, whose prefix scores Q stand in for the main model's:
+    `P_t := P_0 + Q_t - Q_0`. What is paid in all stays the main model's R - P_0. For a model that knows beginnings
+    better, trained on the same preferences with `reward_training.prefix_weight`, and so in the same units."""
     subtract_prompt_score: bool = True
     """Token 1 earns R(x, y_1) - R(x, empty); false pays it R(x, y_1), so the sum is R(x, y)."""
     eos_jump: Literal["keep", "spread", "drop"] = "keep"

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from r3hf_ray.algorithms.masking import last_token
 from r3hf_ray.algorithms.redistribution import (
     METHODS,
     TOTALS,
@@ -156,6 +157,18 @@ def test_the_telescoping_error_sees_the_mistakes_it_is_there_for(ragged, options
     clipped = rewards.clamp(-0.5, 0.5)
     for wrong in (cut, clipped, rewards + 0.1 * mask):
         assert telescoping_error(wrong, scores, mask, **options).max() > 1e-2
+
+
+def test_one_models_steps_carry_the_others_reward(ragged) -> None:
+    own, mask = ragged()
+    other, _ = ragged(seed=1)
+    carried = own.carried_by(other, mask)
+    rewards, steps = r3hf(carried, mask), r3hf(other, mask)
+    last = last_token(mask)
+    torch.testing.assert_close(rewards.masked_fill(last, 0.0), steps.masked_fill(last, 0.0))
+    torch.testing.assert_close(rewards.sum(1), own.pooled - own.prompt)
+    same = own.carried_by(own, mask)
+    torch.testing.assert_close(r3hf(same, mask), r3hf(own, mask))
 
 
 def test_unknown_names_are_refused_with_the_choices(ragged):

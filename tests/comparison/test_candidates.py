@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from r3hf_ray.algorithms.redistribution import PrefixScores, RedistributionInputs, r3hf
-from r3hf_ray.comparison.candidates import agreed, borrowed, smoothed
+from r3hf_ray.comparison.candidates import agreed, smoothed
 from r3hf_ray.types import MAIN
 
 MASK = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1]], dtype=torch.bool)
@@ -30,7 +30,7 @@ def inputs(*others: PrefixScores) -> RedistributionInputs:
     )
 
 
-@pytest.mark.parametrize("method", [smoothed, borrowed, agreed])
+@pytest.mark.parametrize("method", [smoothed, agreed])
 def test_the_sum_is_that_of_r3hf_and_padding_earns_nothing(method) -> None:
     given = inputs(scores(1))
     rewards = method(given)
@@ -44,16 +44,6 @@ def test_smoothed_pays_half_of_what_is_new() -> None:
     rewards = smoothed(given)
     torch.testing.assert_close(rewards[0, 1], (own.prefix[0, 1] - own.prompt[0]) / 2)
     torch.testing.assert_close(rewards[0, 2], (own.prefix[0, 2] - rewards[0, 1] - own.prompt[0]) / 2)
-
-
-def test_borrowed_pays_the_others_steps_and_at_the_end_the_own_rest() -> None:
-    other, own = scores(1), scores(0)
-    rewards = borrowed(inputs(other))
-    torch.testing.assert_close(rewards[0, 1], other.prefix[0, 1] - other.prompt[0])
-    torch.testing.assert_close(rewards[0, 2], other.prefix[0, 2] - other.prefix[0, 1])
-    torch.testing.assert_close(rewards[0].sum(), own.pooled[0] - own.prompt[0])
-    with pytest.raises(ValueError, match=r"of one model in \[\[model.rewards\]\], not of 2"):
-        borrowed(inputs(scores(1), scores(2)))
 
 
 def test_agreed_is_r3hf_where_all_agree_and_half_where_they_differ_by_as_much_as_they_say() -> None:

@@ -180,6 +180,19 @@ def test_every_model_is_redistributed_by_the_same_rules(several: ScoringSettings
         assert item.components["helpful"].score != item.score
 
 
+@pytest.mark.parametrize("change", [{}, {"eos_jump": "drop"}, {"subtract_prompt_score": False}])
+def test_one_models_prefixes_carry_the_others_reward(several: ScoringSettings, change: dict[str, Any]) -> None:
+    settings = replace(several, prefixes_from="helpful", **change)
+    for item, plain in zip(scored(Scorer(settings), ALL), scored(Scorer(several), ALL), strict=True):
+        start, helpful = item.trajectory.prompt_len, item.components["helpful"]
+        assert (item.score, item.prompt_score) == (plain.score, plain.prompt_score)
+        prefixes = item.prompt_score + helpful.prefix_scores[start:-1] - helpful.prompt_score
+        np.testing.assert_allclose(item.prefix_scores[start:-1], prefixes, rtol=0, atol=4e-6)
+        np.testing.assert_allclose(item.token_rewards[start + 1 : -1], np.diff(prefixes), rtol=0, atol=4e-6)
+        if not change:
+            assert item.token_rewards.sum() == pytest.approx(item.score - item.prompt_score, abs=4e-6)
+
+
 def test_the_coordinator_hears_every_models_score(several: ScoringSettings) -> None:
     scorer = Scorer(several)
     (item,) = scored(scorer, [ENDED])

@@ -11,7 +11,16 @@ from r3hf_ray.comparison.bars import ArmResult, Bar
 from r3hf_ray.comparison.records import Record
 from r3hf_ray.comparison.settings import CompareConfig
 from r3hf_ray.comparison.statistics import band, by_cell, trailing_mean
-from r3hf_ray.comparison.tables import SCREENED, arm_table, markdown, numbers, run_table, samples_text, summary
+from r3hf_ray.comparison.tables import (
+    SCREENED,
+    arm_table,
+    markdown,
+    numbers,
+    paired_table,
+    run_table,
+    samples_text,
+    summary,
+)
 from r3hf_ray.tracking.summary import Tile
 
 NAME = "comparison"
@@ -68,7 +77,7 @@ def comparison_page(config: CompareConfig, results: Sequence[ArmResult], bars: S
                 id="numbers",
                 title="All numbers",
                 intro="As in comparison.md and comparison.json. One seed is a hint, three are little more.",
-                tables=[arm_table(config, results), run_table(results)],
+                tables=[arm_table(config, results), paired_table(config, results), run_table(results)],
             ),
         ],
     )

@@ -39,6 +39,26 @@ class Ratio:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """One arm minus another, seed by seed.
+
+    Example: ``paired_difference({0: 4.0, 1: 5.0}, {0: 3.0, 1: 3.0})`` is
+    ``Difference(mean=1.5, sem=0.5, above=2, seeds=2)``
+    """
+
+    mean: float
+    sem: float
+    """Standard error of the mean over seeds; NaN with one seed."""
+    above: int
+    """Seeds with which the arm is higher."""
+    seeds: int
+
+    def __str__(self) -> str:
+        error = f" ± {self.sem:.2f}" if math.isfinite(self.sem) else ""
+        return f"{self.mean:+.2f}{error} ({self.above} of {self.seeds})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
     """When a run reached the threshold.
 
@@ -111,6 +131,17 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     finite = [value for value in values if math.isfinite(value)]
     mean = math.fsum(finite) / len(finite) if finite else math.nan
     return mean, float(np.std(finite, ddof=1)) if len(finite) > 1 else math.nan
+
+
+def paired_difference(arm: Mapping[int, float], against: Mapping[int, float]) -> Difference | None:
+    """Over the seeds for which both have a number; None without any."""
+    both = [arm[seed] - against[seed] for seed in sorted(set(arm) & set(against))]
+    known = [value for value in both if math.isfinite(value)]
+    if not known:
+        return None
+    mean, spread = mean_and_spread(known)
+    above = sum(value > 0.0 for value in known)
+    return Difference(mean=mean, sem=spread / math.sqrt(len(known)), above=above, seeds=len(known))
 
 
 def paired_ratios(arm: Mapping[int, Reach], against: Mapping[int, Reach]) -> list[Ratio]:

@@ -1,7 +1,7 @@
 """The tables of a comparison: the same rows for the page and for Markdown."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,7 +9,7 @@ from r3hf_ray.audit.page import Row, Table
 from r3hf_ray.comparison.bars import ArmResult, Bar
 from r3hf_ray.comparison.records import Record
 from r3hf_ray.comparison.settings import CompareConfig
-from r3hf_ray.comparison.statistics import mean_and_spread
+from r3hf_ray.comparison.statistics import mean_and_spread, paired_difference
 
 NOTHING = "–"
 
@@ -32,6 +32,33 @@ def arm_table(config: CompareConfig, results: Sequence[ArmResult]) -> Table:
     )
 
 
+PAIRED: dict[str, Callable[[Record], float]] = {
+    "final gold": lambda run: run.final_gold,
+    "gold, whole run": lambda run: run.mean_gold,
+    "gold at equal KL": lambda run: run.gold_at_kl,
+    "final KL": lambda run: run.final_kl,
+    "final EOS": lambda run: run.final_eos,
+}
+"""What is subtracted, seed by seed."""
+
+
+def paired_table(config: CompareConfig, results: Sequence[ArmResult]) -> Table:
+    """One row an arm: its numbers minus the baseline's."""
+    (baseline,) = (result for result in results if result.baseline)
+    return Table(
+        title=f"Minus {baseline.name}, paired by seed",
+        head=["arm", *PAIRED],
+        rows=[
+            Row([result.name, *(_difference(result, baseline, value) for value in PAIRED.values())])
+            for result in results
+            if not result.baseline
+        ],
+        note="Mean over seeds ± its standard error, and with how many seeds the arm is higher. Few seeds say little, "
+        "and seeds that share their models say nothing about other models. "
+        f"Equal KL: {config.compare.equal_kl:g} nats a response, within 20%.",
+    )
+
+
 def run_table(results: Sequence[ArmResult]) -> Table:
     """One row a run."""
     return Table(
@@ -49,7 +76,7 @@ SCREENED = ", screened: each run in one process, with the system's engine, score
 
 def markdown(config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[Bar], *, written: str) -> str:
     """The tables and expectations as a Markdown page."""
-    tables = [arm_table(config, results), run_table(results)]
+    tables = [arm_table(config, results), paired_table(config, results), run_table(results)]
     parts = [
         f"# {config.run.name}",
         summary(config, results, bars),
@@ -114,6 +141,11 @@ def _arm_cells(result: ArmResult) -> list[str]:
         _number(_mean([run.final_length for run in done]), 1),
         _number(_mean([run.final_eos for run in done])),
     ]
+
+
+def _difference(arm: ArmResult, baseline: ArmResult, value: Callable[[Record], float]) -> str:
+    own, other = ({run.seed: value(run) for run in result.finished} for result in (arm, baseline))
+    return str(paired_difference(own, other) or NOTHING)
 
 
 def _ratio(result: ArmResult) -> str:

@@ -180,6 +180,9 @@ def test_page_table_and_numbers_say_the_same(config: CompareConfig) -> None:
     assert "| dense | 2 of 2 | 96 | 0.50 | 4.05 ± 0.07 | 0.05 | 4.00 | 4.40 | 8.0 | 40.0 | 0.90 |" in table
     assert "| uniform | 0 of 1 | – | – | – |" in table
     assert r"out of <memory> \| again" in table
+    assert "## Minus sparse, paired by seed" in table
+    assert "| dense | +0.00 ± 0.00 (0 of 2) | +2.20 ± 0.00 (2 of 2) |" in table
+    assert "| uniform | – | – |" in table
     verdicts = [line.split(":")[0] for line in table.splitlines() if line.startswith("- **")]
     assert verdicts == ["- **met**", "- **missed**", "- **met**", "- **not run**"]
     assert "seed 0 0.50, seed 1 0.50" in table

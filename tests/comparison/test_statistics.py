@@ -5,16 +5,26 @@ import math
 import pytest
 
 from r3hf_ray.comparison.statistics import (
+    Difference,
     Ratio,
     Reach,
     band,
     by_cell,
     mean_and_spread,
     mean_near,
+    paired_difference,
     paired_ratios,
     samples_to,
     trailing_mean,
 )
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    found = paired_difference({0: 4.0, 1: 5.0, 2: math.nan, 3: 9.0}, {0: 3.0, 1: 3.0, 2: 1.0})
+    assert found == Difference(mean=1.5, sem=0.5, above=2, seeds=2)
+    assert str(found) == "+1.50 ± 0.50 (2 of 2)"
+    assert str(paired_difference({0: 1.0}, {0: 2.0})) == "-1.00 (0 of 1)"
+    assert paired_difference({0: 1.0}, {1: 2.0}) is None
 
 
 def test_trailing_mean_begins_with_the_first_whole_window() -> None:

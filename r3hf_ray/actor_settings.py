@@ -36,6 +36,7 @@ def scoring_settings(config: PPOConfig, plan: Plan) -> ScoringSettings:
     return ScoringSettings(
         reward_model=config.model.reward_model,
         reference=config.model.reference or config.model.policy,
+        tokenizer=config.model.policy,
         temperature=config.rollout.temperature,
         mode=reward.mode,
         beta_c=reward.method_weight,
@@ -47,6 +48,7 @@ def scoring_settings(config: PPOConfig, plan: Plan) -> ScoringSettings:
         segment_entropy=reward.segment_entropy,
         suffix_ids=models[MAIN].suffix_ids,
         translation=models[MAIN].translation,
+        longest=models[MAIN].longest,
         further={name: replace(models[name], source=source) for name, source in further.items()},
         dtype=reward.dtype,
         microbatch_tokens=reward.microbatch_tokens,

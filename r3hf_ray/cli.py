@@ -6,10 +6,12 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 
 from r3hf_ray.config import Command, ConfigError, PPOConfig, RewardConfig, SFTConfig, load, print_fields
+from r3hf_ray.sections.data import DataSection
 
 DESCRIPTION = """\
 RLHF with token-level rewards from an ordinary reward model, distributed on Ray.
@@ -29,8 +31,14 @@ RLHF with token-level rewards from an ordinary reward model, distributed on Ray.
 Any field of a job can be set on the command line: r3hf ppo jobs/toy_ppo.toml --ppo.steps 3 --run.name short
 """
 SCHEMAS: dict[str, type[Command]] = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+GOES_ON = {
+    **dict.fromkeys(SCHEMAS, "what was done is kept: --resume goes on from it"),
+    "compare": "what was done is kept: the same command goes on from it",
+}
+"""What to do after Ctrl-C."""
 WITH_FIELDS = {*SCHEMAS, "compare"}
 """Commands that take dotted fields."""
+FORMATS = get_args(DataSection.model_fields["format"].annotation)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(f"[red]error:[/red] {_plain(error)}")
         return 2
     except KeyboardInterrupt:
-        errors.print("stopped; what was done is kept: the same command goes on from it (a run: with --resume)")
+        errors.print(f"stopped; {GOES_ON.get(options.command, 'start the command again')}")
         return 130
     except _run_errors() as error:
         errors.print(f"[red]failed:[/red] {_plain(error)}")
@@ -91,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_audit(audit: argparse.ArgumentParser) -> None:
     audit.add_argument("--reward-model", required=True, metavar="M", help="folder or hub name")
     audit.add_argument("--pairs", required=True, metavar="DATA", help="preferences, as `r3hf reward` reads them")
+    audit.add_argument("--config", metavar="NAME", help="data.config: configuration of a hub dataset")
+    audit.add_argument("--data-dir", metavar="NAME", help="data.data_dir: folder inside a hub dataset")
+    audit.add_argument("--split", default="train", metavar="NAME", help="data.split of a hub dataset (default: train)")
+    audit.add_argument("--format", choices=FORMATS, default="auto", help="data.format: shape of a row (default: auto)")
     audit.add_argument("--limit", type=_at_least(1), metavar="N", help="use the first N usable pairs")
     audit.add_argument("--skip", type=_at_least(0), default=0, metavar="N", help="leave out the first N usable pairs")
     audit.add_argument("--out", type=Path, default=Path("runs/audit"), metavar="FOLDER", help="default: runs/audit")
@@ -217,14 +229,16 @@ def _replay(options: argparse.Namespace, console: Console) -> int:
 def _audit(options: argparse.Namespace, console: Console) -> int:
     from r3hf_ray.audit.commands import run_audit
 
-    return run_audit(
-        options.reward_model,
-        options.pairs,
+    data = DataSection(
+        source=options.pairs,
+        config=options.config,
+        data_dir=options.data_dir,
+        split=options.split,
+        format=options.format,
         limit=options.limit,
         skip=options.skip,
-        folder=options.out,
-        console=console,
     )
+    return run_audit(options.reward_model, data, folder=options.out, console=console)
 
 
 def _credit(options: argparse.Namespace, console: Console) -> int:

@@ -24,6 +24,7 @@ from r3hf_ray.sections.ppo import CriticSection, OptimizerSection, PPOSection
 from r3hf_ray.sections.rewards import RewardSection
 from r3hf_ray.sections.runs import EvaluationSection, RunSection, TrackingSection
 from r3hf_ray.sections.stages import RewardTrainingSection, SFTSection
+from r3hf_ray.types import MAIN
 
 
 class ConfigError(ValueError):
@@ -99,8 +100,14 @@ class PPOConfig(Command):
         """The critic's start after `auto` is resolved."""
         if self.critic.init != "auto":
             return self.critic.init
-        alone = not self.model.several and self.model.reward_weight > 0.0
+        alone = self.summed == {MAIN} and self.model.reward_weight > 0.0
         return "reward_model" if self.reward.mode == "terminal" and alone else "reward_trunk"
+
+    @property
+    def summed(self) -> set[str]:
+        """Names of the models that are trained on: of a weight other than 0, or a cost whose price can become one."""
+        price = self.cost.multiplier or self.cost.multiplier_lr
+        return {name for name, weight in self.model.weights(price).items() if weight}
 
     @property
     def has_critic(self) -> bool:
@@ -156,10 +163,15 @@ class PPOConfig(Command):
         cost, default = self.cost, CostSection()
         changed = [name for name in CostSection.model_fields if dict(cost)[name] != dict(default)[name]]
         return [
-            (any(self.model.weights(1.0).values()), "model.reward_weight = 0 leaves no model that is trained on"),
+            (bool(self.summed), "model.reward_weight = 0 leaves no model that is trained on"),
             (
                 self.model.cost is not None or not changed,
                 f"{', '.join(f'cost.{name}' for name in changed)} needs a cost model: set model.cost",
+            ),
+            (
+                self.model.cost is None or not cost.multiplier_lr or "limit" in cost.model_fields_set,
+                "cost.limit must be set: cost.multiplier_lr > 0 holds the cost to it; read cost/score/mean of a first "
+                "step, or set cost.multiplier_lr = 0 for a fixed price",
             ),
             (
                 cost.multiplier <= cost.max_multiplier,
@@ -168,6 +180,10 @@ class PPOConfig(Command):
             (
                 not self.has_critic or self.critic_init != "reward_model" or self.model.reward_weight > 0.0,
                 "critic.init = reward_model starts at the reward model's scores: model.reward_weight must be above 0",
+            ),
+            (
+                self.critic.init != "sft" or self.critic.source is None,
+                "critic.init = sft starts from the policy and does not read critic.source: leave one of them out",
             ),
         ]
 
@@ -184,6 +200,11 @@ class PPOConfig(Command):
             (
                 lender is None or reward.reads_prefixes,
                 f"reward.prefixes_from needs a mode that reads prefixes, not reward.mode = {reward.mode}",
+            ),
+            (
+                lender is None or reward.eos_jump != "drop",
+                f"reward.prefixes_from = {lender} pays model.reward_model's reward in the last difference, which "
+                "reward.eos_jump = drop takes away: use keep or spread",
             ),
             (
                 reward.eos_jump == "keep" or reward.reads_prefixes,

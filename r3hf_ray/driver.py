@@ -17,14 +17,14 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import AuthenticationError, RayError
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import TrainingFailedError
 from rich.console import Console
 from rich.table import Table
 
 from r3hf_ray.actor_settings import engine_settings, scoring_settings
 from r3hf_ray.actors.coordinator import Coordinator, Snapshot
 from r3hf_ray.actors.environment import ACTORS, of_threads
-from r3hf_ray.actors.learner import LearnerSettings, train_loop
+from r3hf_ray.actors.learner import LearnerSettings, fit
 from r3hf_ray.actors.pipeline import RunFailed, sentence_of
 from r3hf_ray.actors.reward import RewardActor
 from r3hf_ray.actors.rollout import RolloutActor
@@ -242,40 +242,15 @@ class _Follower:
         return of_threads(actors.threads, cpus=actors.cpus_per_actor, overlap=overlap)
 
     def _fit(self) -> None:
-        from ray.train.torch import TorchConfig, TorchTrainer
-
-        config, learner = self._config, self._config.learner
-        on_gpu = learner.gpus_per_rank > 0
-        overlap = config.rollout.max_lag > 0
-        environment = ACTORS | of_threads(learner.threads, cpus=learner.cpus_per_rank, overlap=overlap)
-        trainer = TorchTrainer(
-            train_loop,
-            train_loop_config={
-                "learner": LearnerSettings(
-                    config=config,
-                    run_folder=self._folder,
-                    namespace=self._namespace,
-                    probe_ids=self._plan.probe_ids,
-                    write_samples=write_samples,
-                )
-            },
-            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=learner.ranks,
-                use_gpu=on_gpu,
-                resources_per_worker={"CPU": learner.cpus_per_rank}
-                | ({"GPU": learner.gpus_per_rank} if on_gpu else {}),
-            ),
-            run_config=RunConfig(
-                name="checkpoints",
-                storage_path=str(self._folder),
-                failure_config=FailureConfig(max_failures=learner.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=learner.keep_checkpoints),
-                worker_runtime_env={"env_vars": environment},
-            ),
+        settings = LearnerSettings(
+            config=self._config,
+            run_folder=self._folder,
+            namespace=self._namespace,
+            probe_ids=self._plan.probe_ids,
+            write_samples=write_samples,
         )
         try:
-            trainer.fit()
+            fit(settings)
         except (TrainingFailedError, RayError) as error:
             self._learner_error.append(error)
 
@@ -334,13 +309,14 @@ class _Follower:
                 self._wandb.log_samples(step, read_samples(self._folder, step))
 
     def _finish(self, actors: _Actors) -> None:
+        self._take(self._poll(actors))  # why the learner has failed is what the coordinator knows
         if self._learner_error:
             raise RunFailed(f"the learner failed: {sentence_of(self._learner_error[0])}") from self._learner_error[0]
         waiting = actors.coordinator.finish.remote()
         while not ray.wait([waiting], timeout=POLL_SECONDS)[0]:
             self._take(self._poll(actors))
+        self._take(self._poll(actors))  # first: out of `finish` a run's failure comes as an error of Ray
         ray.get(waiting)
-        self._take(self._poll(actors))
         self._events.write({"event": "finished", "step": int(self._latest.get(STEP, 0))})
 
     def _stop(self, actors: _Actors) -> None:

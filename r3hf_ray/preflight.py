@@ -1,5 +1,6 @@
 """Everything about a PPO run that can be known to be wrong before an actor starts (layer 4)."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +15,16 @@ from r3hf_ray.data.reward_prompts import measure_fit, translation_of
 from r3hf_ray.models.load import (
     ModelError,
     check_folder,
+    check_same_vocabulary,
     eos_ids,
     knows_ids,
     load_tokenizer,
     require_score_head,
 )
 from r3hf_ray.models.method_inputs import sentence_end_ids
-from r3hf_ray.models.scoring import RewardModel, field_of, load_gold
+from r3hf_ray.models.scoring import RewardModel, load_gold
 from r3hf_ray.models.user_functions import user_function
-from r3hf_ray.sections.models import ModelSection
+from r3hf_ray.sections.models import ModelSection, field_of
 from r3hf_ray.sections.ppo import CriticSection
 from r3hf_ray.sections.rewards import MODES
 from r3hf_ray.types import COST, MAIN
@@ -49,11 +51,6 @@ class Plan:
     probe_ids: list[int]
     warnings: list[str]
 
-    @property
-    def suffix_ids(self) -> tuple[int, ...]:
-        """What the main reward model reads behind EOS."""
-        return self.reward_models[MAIN].suffix_ids
-
 
 def check(config: PPOConfig) -> Plan:
     """Check models, data and their fit.
@@ -68,8 +65,6 @@ def check(config: PPOConfig) -> Plan:
             require_readable(source, mode=config.reward.mode)
     if config.critic.source:
         _check_reward_model(config.critic.source)
-    if config.model.reference:
-        check_folder(config.model.reference, "reference")
     tokenizer = load_tokenizer(config.model.policy)
     policy = _model_config(config.model.policy, "policy")
     ends = eos_ids(tokenizer, policy, _generation_config(config.model.policy))
@@ -82,6 +77,8 @@ def check(config: PPOConfig) -> Plan:
     rows = loaded.train + loaded.heldout
     needed = max(len(row.token_ids) for row in rows) + config.rollout.max_response_tokens
     _check_window(policy, rows, needed, config)
+    if config.model.reference:
+        _check_reference(config.model.reference, tokenizer, needed)
     window = _window(policy)
     prompts, heldout = (
         [np.asarray(r.token_ids, dtype=np.int32) for r in part] for part in (loaded.train, loaded.heldout)
@@ -90,7 +87,7 @@ def check(config: PPOConfig) -> Plan:
         name: _reward_model(name, source, config, tokenizer, rows)
         for name, source in reward_sources(config.model).items()
     }
-    config = _settled(config, tokenizer)
+    config, settled = _settled(config, tokenizer)
     return Plan(
         config=config,
         prompts=prompts,
@@ -100,7 +97,7 @@ def check(config: PPOConfig) -> Plan:
         reward_models={name: model for name, (model, _) in models.items()},
         max_model_len=min(max(needed, config.weights.probe_tokens + 1), window),
         probe_ids=probe_sequence(prompts, min(config.weights.probe_tokens, window - 1)),
-        warnings=[*_warnings(config), *(note for _, note in models.values() if note)],
+        warnings=[*_warnings(config), *settled, *(note for _, note in models.values() if note)],
     )
 
 
@@ -153,7 +150,8 @@ def _reward_model(
 ) -> tuple[RewardModel, str]:
     """What a reward model reads, and what the user should know where that is not the policy's ids."""
     own = load_tokenizer(source)
-    suffix = tuple(pooling_suffix(source, own, config.reward.pooling_suffix if name == MAIN else "auto"))
+    setting = config.reward.pooling_suffix
+    suffix = tuple(pooling_suffix(source, own, setting if name == MAIN or setting == "none" else "auto"))
     window = _window(_model_config(source, "reward model")) - len(suffix)
     translation = translation_of(rows, tokenizer, source, own, window=window)
     longest, growth, note = max(len(row.token_ids) for row in rows), 1.0, ""
@@ -165,13 +163,14 @@ def _reward_model(
             f"{field_of(name)}: {source} reads the dialogues in its own tokenizer and chat template, and "
             f"{fit.loss:.1%} of the policy's tokens, in a sample of the prompts, have no score of their own"
         )
-    if longest + growth * config.rollout.max_response_tokens > window:
+    needed = math.ceil(longest + growth * config.rollout.max_response_tokens)
+    if needed > window:
         raise ConfigError(
             f"{field_of(name)}: {source} can read {window} tokens, and the longest prompt has {longest} of its tokens, "
             f"before about {growth:.2f} for each of rollout.max_response_tokens "
             f"({config.rollout.max_response_tokens}): lower that or data.max_prompt_tokens"
         )
-    return RewardModel(source=source, suffix_ids=suffix, translation=translation), note
+    return RewardModel(source=source, suffix_ids=suffix, translation=translation, longest=needed), note
 
 
 def _check_fit(name: str, source: str, loss: float, config: PPOConfig) -> None:
@@ -189,16 +188,37 @@ def _check_fit(name: str, source: str, loss: float, config: PPOConfig) -> None:
         )
 
 
-def _settled(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> PPOConfig:
-    """The critic reads the policy's ids, so a reward model with other ones cannot be its start."""
+def _check_reference(source: str, tokenizer: PreTrainedTokenizerBase, needed: int) -> None:
+    """It reads the sampled ids as they are."""
+    check_folder(source, "reference")
+    try:
+        check_same_vocabulary(tokenizer, load_tokenizer(source))
+    except ModelError as error:
+        raise ConfigError(f"model.reference: {error}") from error
+    window = _window(_model_config(source, "reference"))
+    if needed > window:
+        raise ConfigError(
+            f"model.reference: {source} can read {window} tokens, and the longest prompt with "
+            f"rollout.max_response_tokens has {needed}: lower that or data.max_prompt_tokens, or leave model.reference "
+            "out"
+        )
+
+
+def _settled(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PPOConfig, list[str]]:
+    """The critic reads the policy's ids, so a reward model with other ones cannot be its start; and what follows."""
     source = config.critic.source or config.model.reward_model
     if not config.has_critic or config.critic_init == "sft" or knows_ids(load_tokenizer(source), tokenizer):
-        return config
+        return config, []
     if config.critic.init == "auto" and config.critic.source is None:
-        return config.model_copy(update={"critic": CriticSection(init="sft")})
+        start = (
+            f"critic.init = auto: the critic starts from the policy (sft), whose tokens it reads; {source} has another "
+            "tokenizer; set ppo.gae_lambda = 1 for long responses"
+        )
+        return config.model_copy(update={"critic": CriticSection(init="sft")}), [start]
+    instead = "critic.init = sft" if config.critic.source is None else "critic.init = sft without critic.source"
     raise ConfigError(
         f"critic.init = {config.critic_init}: the critic reads the policy's tokens, and {source} has another "
-        "tokenizer: use critic.init = sft"
+        f"tokenizer: use {instead}"
     )
 
 
@@ -230,12 +250,13 @@ def _warnings(config: PPOConfig) -> list[str]:
             f"critic.init = reward_model with reward.mode = {reward.mode} counts the prefix score twice: the critic "
             "starts at it and the rewards already are its differences; use reward_trunk (the trunk with a zero head)"
         )
-    if config.model.several and config.has_critic and config.critic_init == "reward_model":
+    several = len(config.summed) > 1
+    if several and config.has_critic and config.critic_init == "reward_model":
         warnings.append(
             "critic.init = reward_model starts at the scores of model.reward_model alone, and the reward is a sum over "
             "several models; use reward_trunk (the trunk with a zero head)"
         )
-    if config.model.several and not reward.calibration_samples:
+    if several and not reward.calibration_samples:
         warnings.append(
             "reward.calibration_samples = 0 with several models adds their scores in each one's own units: "
             "weights and cost.multiplier then depend on them"

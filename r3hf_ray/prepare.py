@@ -18,7 +18,7 @@ from r3hf_ray.models.load import check_folder, load_tokenizer
 from r3hf_ray.sections.stages import SFTSection
 from r3hf_ray.tracking.metrics import JsonlLog, read_metrics
 from r3hf_ray.tracking.provenance import redacted, versions
-from r3hf_ray.tracking.run_folder import open_run
+from r3hf_ray.tracking.run_folder import STAGE_MAY_CHANGE, STAGE_MAY_MOVE, check_run, open_run
 from r3hf_ray.tracking.wandb_run import WandbRun
 from r3hf_ray.training.trl_settings import split_batch
 
@@ -53,12 +53,14 @@ def train_sft(
 
     Args:
         config: the command's settings.
-        resume: take up an existing run folder: nothing is done if its model is there, else the stage starts again.
+        resume: take up an existing run folder: nothing is done if its model is there, else the stage starts again,
+            with other settings if they are.
         on_row: called with each row of metrics as it appears, for a display.
         note: called with one line to show: what the data held, a tracker that failed.
 
     Raises:
-        ConfigError: settings, data or base model cannot be used; no actor was started.
+        ConfigError: settings, data or base model cannot be used, or the finished stage that is to be taken up was
+            started with other settings; no actor was started.
         StageError: training failed.
     """
     started = time.monotonic()
@@ -140,8 +142,10 @@ def _check(section: SFTSection, ranks: int, base: str) -> None:
 
 
 def _finished(config: SFTConfig | RewardConfig) -> StageResult | None:
-    folder = (config.run.folder / config.run.name).resolve()
-    return _result(folder, None, time.monotonic()) if (folder / "model" / "config.json").is_file() else None
+    if not (config.run.folder / config.run.name / "model" / "config.json").is_file():
+        return None
+    folder = check_run(config, config.run, resume=True, may_change=STAGE_MAY_CHANGE, may_move=STAGE_MAY_MOVE)
+    return _result(folder, None, time.monotonic())
 
 
 def _result(folder: Path, report: Report | None, started: float) -> StageResult:

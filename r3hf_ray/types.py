@@ -28,23 +28,6 @@ class Finish(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """One prompt of the run's stream.
-
-    Example: ``Prompt(prompt_id=130, row=2, token_ids=[1, 5, 9, 3], text="<bos> cats polite <sep>")``
-    """
-
-    prompt_id: int
-    """Position in the run's prompt stream; it goes on over epochs, so it is unique in a run."""
-    row: int
-    """Row of the dataset this prompt came from."""
-    token_ids: Int32[np.ndarray, "P"]
-    """The rendered prompt (chat template applied), as the policy reads it."""
-    text: str
-    """The same, as text: for people and for gold scorers."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryInfo:
     """What the coordinator knows of a trajectory: ids and lengths, never an array."""
 
@@ -67,6 +50,7 @@ class Trajectory:
     """
 
     prompt_id: int
+    """Position in the run's prompt stream; it goes on over epochs, so it is unique in a run."""
     sample: int
     """Which of the prompt's samples this is, from 0."""
     attempt: int

@@ -20,6 +20,7 @@ from transformers import (
 
 from r3hf_ray.cli import main
 from r3hf_ray.config import PPOConfig, load
+from r3hf_ray.sections.data import DataSection
 from r3hf_ray.tracking.run_folder import open_run
 
 WINDOW = 64
@@ -274,6 +275,29 @@ def test_help_of_a_command_names_its_fields(
     assert main([command, "--help"]) == 0
     said = capsys.readouterr().out
     assert not [field for field in fields if field not in said]
+
+
+def test_audit_reads_pairs_as_a_job_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[DataSection] = []
+
+    def run_audit(reward_model: str, data: DataSection, *, folder: Path, console: object) -> int:
+        asked.append(data)
+        return 0
+
+    monkeypatch.setattr("r3hf_ray.audit.commands.run_audit", run_audit)
+    plain = ["audit", "--reward-model", "m", "--pairs", "openai/summarize_from_feedback"]
+    assert main(plain) == 0
+    source = "openai/summarize_from_feedback"
+    assert asked == [DataSection(source=source)]  # what is left out is what a job would take
+    options = ["--config", "comparisons", "--data-dir", "d", "--split", "validation", "--format", "tldr_pairs"]
+    assert main([*plain, *options, "--skip", "3", "--limit", "9"]) == 0
+    given = {"config": "comparisons", "data_dir": "d", "split": "validation", "format": "tldr_pairs"}
+    assert asked[1] == DataSection(source=source, skip=3, limit=9, **given)
+    with pytest.raises(SystemExit) as done:
+        main([*plain, "--format", "nonsense"])
+    assert done.value.code == 2 and "safe_rlhf_cost" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["replay"], ["report", "runs/a", "--ppo.steps", "3"]])

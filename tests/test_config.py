@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from r3hf_ray.config import Command, ConfigError, PPOConfig, RewardConfig, SFTConfig, load, print_fields
+from r3hf_ray.tracking.run_folder import to_toml
 
 PPO = """
 [run]
@@ -24,6 +25,8 @@ BREVITY = """
 name = "brevity"
 source = "b"
 """
+EARLY = '[{"name": "early", "source": "e", "weight": 0}]'
+FIXED = ("--cost.multiplier_lr", "0")
 SAME_NAME = BREVITY + BREVITY.replace('"b"', '"c"')
 TRAINER = """
 [run]
@@ -158,17 +161,27 @@ def test_one_sentence_for_a_wrong_field(tmp_path: Path, text: str, sentence: str
         (["--cost.limit", "1.5"], ["cost.limit needs a cost model: set model.cost"]),
         (["--cost.multiplier", "2", "--cost.multiplier_lr", "0"], ["cost.multiplier, cost.multiplier_lr needs"]),
         (
-            ["--model.cost", "c", "--cost.multiplier", "3", "--cost.max_multiplier", "2"],
+            ["--model.cost", "c", *FIXED, "--cost.multiplier", "3", "--cost.max_multiplier", "2"],
             ["cost.multiplier (3)", "cost.max_multiplier (2)"],
         ),
         (["--model.reward_weight", "0"], ["model.reward_weight = 0 leaves no model"]),
+        (
+            ["--model.reward_weight", "0", "--model.cost", "c", *FIXED, "--cost.multiplier", "0"],
+            ["model.reward_weight = 0 leaves no model"],
+        ),
+        (["--model.cost", "c"], ["cost.limit must be set", "cost.multiplier_lr = 0"]),
+        (["--critic.init", "sft", "--critic.source", "s"], ["critic.init = sft", "does not read critic.source"]),
+        (
+            ["--model.rewards", EARLY, "--reward.prefixes_from", "early", "--reward.eos_jump", "drop"],
+            ["reward.prefixes_from = early", "reward.eos_jump = drop", "use keep or spread"],
+        ),
         (["--reward.prefixes_from", "early"], ["reward.prefixes_from = early is none of [[model.rewards]] (empty)"]),
         (
             ["--reward.mode", "terminal", "--reward.prefixes_from", "early"],
             ["reward.prefixes_from needs a mode that reads prefixes", "reward.mode = terminal"],
         ),
         (
-            ["--model.reward_weight", "0", "--model.cost", "c", "--critic.init", "reward_model"],
+            ["--model.reward_weight", "0", "--model.cost", "c", *FIXED, "--critic.init", "reward_model"],
             ["critic.init = reward_model", "model.reward_weight must be above 0"],
         ),
     ],
@@ -222,7 +235,8 @@ def test_critic_default_follows_the_mode(tmp_path: Path, mode: str, init: str, e
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["--model.cost", "c"],
+        ["--model.cost", "c", *FIXED],
+        ["--model.cost", "c", "--cost.multiplier", "0", "--cost.limit", "1"],
         ["--model.rewards", '[{"name": "brevity", "source": "b"}]'],
         ["--model.reward_weight", "-1"],
     ],
@@ -232,10 +246,27 @@ def test_a_critic_that_knows_one_model_of_several_is_no_default(tmp_path: Path, 
     assert config.critic_init == "reward_trunk"
 
 
+@pytest.mark.parametrize(
+    "overrides", [["--model.rewards", EARLY], ["--model.cost", "c", *FIXED, "--cost.multiplier", "0"]]
+)
+def test_a_model_that_is_only_logged_changes_nothing(tmp_path: Path, overrides: list[str]) -> None:
+    config = load(PPOConfig, toml(tmp_path), ["--reward.mode", "terminal", *overrides])
+    assert (config.summed, config.critic_init) == ({"reward"}, "reward_model")
+
+
+def test_a_price_that_can_rise_is_trained_on(tmp_path: Path) -> None:
+    """Of a limit that was given, were it the default's number: a run's own config.toml gives every field."""
+    rises = ["--model.reward_weight", "0", "--model.cost", "c", "--cost.multiplier", "0", "--cost.limit", "0"]
+    config = load(PPOConfig, toml(tmp_path), rises)
+    assert config.summed == {"cost"}
+    assert load(PPOConfig, toml(tmp_path, to_toml(config)), []) == config
+
+
 def test_several_models(tmp_path: Path) -> None:
     text = PPO.replace("[data]", 'reward_weight = 0.5\ncost = "c"\n[data]') + BREVITY + BREVITY.replace("brev", "grav")
-    model = load(PPOConfig, toml(tmp_path, text + "weight = -2\n"), []).model
-    assert model.several and not load(PPOConfig, toml(tmp_path), []).model.several
+    config = load(PPOConfig, toml(tmp_path, text + "weight = -2\n"), list(FIXED))
+    assert config.summed == {"reward", "brevity", "gravity", "cost"}
+    model = config.model
     assert list(model.weights(3.0).items()) == [("reward", 0.5), ("brevity", 1.0), ("gravity", -2.0), ("cost", -3.0)]
     placed = model.placed(lambda source: f"/here/{source}")
     assert [one.source for one in placed.rewards] == ["/here/b", "/here/b"]

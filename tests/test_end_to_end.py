@@ -23,6 +23,7 @@ from urllib.request import urlopen
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 import wandb
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -46,6 +47,7 @@ from r3hf_ray.tracking.samples import sample_steps
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 STEPS, BEFORE_RESUME, PROMPTS = 5, 3, 8
+CPUS = 4.0
 TIMES = ("time", "time/", "perf/", "sync/seconds", "attempt")
 """What may differ between two runs of the same configuration."""
 
@@ -131,7 +133,7 @@ def world(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World
     for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
         patch.setenv(name, home)
     folder = job.parent
-    with ray_session(4.0):
+    with ray_session(CPUS):
 
         def run(name: str, *arguments: str) -> Run:
             said = folder / f"{name}.txt"
@@ -355,10 +357,21 @@ def test_a_diverging_run_stops_with_a_capsule(world: World, capsys: pytest.Captu
 
 
 def test_broken_code_in_a_rank_ends_the_run_without_restarts(world: World) -> None:
-    run = world.run("broken", *SMALL, "--reward.gold_credit", "operator:add")  # prompt + tokens: a TypeError
+    """The rank that dumps samples breaks, while the other one waits for it in the collective of a checkpoint."""
+    ranks = ("--learner.ranks", "2", "--learner.checkpoint_every", "1")
+    run = world.run("broken", *SMALL, *ranks, "--reward.gold_credit", "operator:add")  # prompt + tokens: a TypeError
     assert run.code == 1
     assert "the learner broke (TypeError in " in sentence(run)
     assert not run.events("restart")
+    assert len(run.events("started")) == 1
+    assert len(run.rows) <= 1
+    assert not list((run.folder / "checkpoints").glob("checkpoint_*"))
+    for _ in range(50):
+        if ray.available_resources()["CPU"] == CPUS:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail(f"of {CPUS:g} CPUs only {ray.available_resources()['CPU']:g} are free again")
 
 
 def sentence(run: Run) -> str:

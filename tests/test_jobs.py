@@ -2,12 +2,15 @@
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from r3hf_ray.comparison.run import plan_runs
 from r3hf_ray.comparison.settings import CompareConfig
 from r3hf_ray.config import Command, PPOConfig, RewardConfig, SFTConfig, load
+from r3hf_ray.data.records import parse
+from r3hf_ray.data.sources import LOCAL_SUFFIXES
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted((ROOT / "jobs").rglob("*.toml"))
@@ -65,6 +68,38 @@ def test_the_safety_preset_is_half_the_reward_minus_half_the_cost() -> None:
     folders = [f"{model.run.folder}/{model.run.name}/model" for model in models]
     assert folders == [config.model.reward_model, config.model.cost]
     assert [model.data.format for model in models] == ["safe_rlhf", "safe_rlhf_cost"]
+
+
+HUB_ROWS: dict[str, dict[str, Any]] = {
+    "Anthropic/hh-rlhf": {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+    "PKU-Alignment/PKU-SafeRLHF": {
+        **{"prompt": "q", "response_0": "a", "response_1": "b"},
+        **{"better_response_id": 0, "safer_response_id": 1},
+    },
+    "berkeley-nest/Nectar": {
+        "prompt": "\n\nHuman: q\n\nAssistant: ",
+        "answers": [{"answer": "a", "rank": 1.0}, {"answer": "b", "rank": 2.0}],
+    },
+    "trl-lib/tldr": {"prompt": "q", "completion": "a"},
+    "trl-lib/tldr-preference": {"prompt": "q", "chosen": "a", "rejected": "b"},
+}
+"""The hub datasets that jobs may name, each with a row of its shape. All hold files: `datasets` 5 runs no script, and
+openai/summarize_from_feedback is one."""
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in JOBS if schema_of(path) is not CompareConfig], ids=lambda path: path.stem
+)
+def test_a_hub_dataset_holds_files_of_the_shape_that_is_read(path: Path) -> None:
+    config = load(schema_of(path), path, [])
+    if config.data.source.endswith(LOCAL_SUFFIXES):
+        return
+    record = parse(HUB_ROWS[config.data.source], config.data.format)
+    assert record.prompt == [{"role": "user", "content": "q"}]
+    if isinstance(config, RewardConfig):
+        assert [answer.strip() for answer in record.answers] == ["a", "b"] and record.pairs == [(0, 1)]
+    if isinstance(config, SFTConfig):
+        assert record.answers == ["a"]
 
 
 def test_run_names_do_not_collide() -> None:

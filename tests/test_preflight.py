@@ -45,7 +45,7 @@ def test_the_plan_of_a_run(configure: Callable[..., PPOConfig]) -> None:
     plan = check(configure(weights={"probe_tokens": 160}))
     assert (len(plan.prompts), len(plan.heldout)) == (16, 4)
     assert plan.report.used == 20
-    assert (plan.eos_ids, plan.suffix_ids) == ((EOS,), ())
+    assert (plan.eos_ids, plan.reward_models[MAIN].suffix_ids) == ((EOS,), ())
     assert plan.warnings == []
     assert plan.max_model_len == 64, "the window bounds the probe"
     assert len(plan.probe_ids) == 63
@@ -54,7 +54,7 @@ def test_the_plan_of_a_run(configure: Callable[..., PPOConfig]) -> None:
 
 
 def test_a_reward_models_own_suffix_is_read(configure: Callable[..., PPOConfig]) -> None:
-    assert check(configure(reward={"pooling_suffix": "w5"})).suffix_ids == (9,)
+    assert check(configure(reward={"pooling_suffix": "w5"})).reward_models[MAIN].suffix_ids == (9,)
 
 
 @pytest.mark.parametrize(
@@ -77,13 +77,16 @@ def test_several_models_need_a_scale_each_and_a_critic_of_their_sum(
     configure: Callable[..., PPOConfig], tiny_models: Any
 ) -> None:
     models = {"policy": str(tiny_models.policy), "reward_model": str(tiny_models.reward)}
-    several = {"model": models | {"cost": str(tiny_models.reward)}, "reward": {"mode": "terminal"}}
+    several: dict[str, Any] = {"model": models | {"cost": str(tiny_models.reward)}, "reward": {"mode": "terminal"}}
+    several["cost"] = {"limit": 0.5}
     assert check(configure(**several)).warnings == []
     (critic,) = check(configure(**several, critic={"init": "reward_model"})).warnings
     assert "model.reward_model alone" in critic
     several["reward"]["calibration_samples"] = 0
     (scale,) = check(configure(**several)).warnings
     assert "reward.calibration_samples = 0" in scale
+    several["cost"] = {"multiplier": 0.0, "multiplier_lr": 0.0}
+    assert check(configure(**several, critic={"init": "reward_model"})).warnings == [], "it is only logged"
 
 
 def test_what_is_right_in_terminal_mode_is_no_warning(configure: Callable[..., PPOConfig]) -> None:
@@ -141,7 +144,8 @@ def test_a_reward_model_of_another_tokenizer(
     assert translation.prompts.keys() == {prompt_key(ids) for ids in [*plan.prompts, *plan.heldout]}
     assert next(iter(translation.prompts.values())).tolist() == [4, 6, 7, 8, 5]
     assert (config.critic_init, plan.config.critic_init) == ("reward_trunk", "sft")
-    (warning,) = plan.warnings
+    critic, warning = plan.warnings
+    assert "starts from the policy" in critic and "ppo.gae_lambda = 1" in critic
     assert warning.startswith("model.reward_model: ") and "0.0% of the policy's tokens" in warning
     settings = scoring_settings(plan.config, plan)
     assert settings.translation == translation and settings.further == {}
@@ -152,7 +156,7 @@ def test_every_model_has_its_own_tokens_and_suffix(
 ) -> None:
     foreign = {"name": "helpful", "source": save_reward(OTHER_ORDER)}
     given = models(tiny_models, str(tiny_models.reward), rewards=[foreign], cost=str(tiny_models.reward))
-    plan = check(config := configure(model=given, reward={"pooling_suffix": "w5"}))
+    plan = check(config := configure(model=given, reward={"pooling_suffix": "w5"}, cost={"limit": 0.0}))
     assert list(plan.reward_models) == [MAIN, "helpful", COST]
     assert [model.suffix_ids for model in plan.reward_models.values()] == [(9,), (), ()]
     assert [model.translation is None for model in plan.reward_models.values()] == [True, False, True]
@@ -161,6 +165,44 @@ def test_every_model_has_its_own_tokens_and_suffix(
     settings = scoring_settings(config, plan)
     assert settings.models == plan.reward_models
     assert (settings.suffix_ids, list(settings.further)) == ((9,), ["helpful", COST])
+
+
+@pytest.mark.parametrize(("setting", "read"), [("auto", (7,)), ("none", ()), ("w5", (7,))])
+def test_further_models_read_their_own_suffix_or_none(
+    configure: Callable[..., PPOConfig], tiny_models: Any, tmp_path: Path, setting: str, read: tuple[int, ...]
+) -> None:
+    """A text given for the main model is not theirs."""
+    shutil.copytree(tiny_models.reward, tmp_path / "further")
+    form = {"version": 1, "chat_template": None, "before": " ", "end": "<eos>", "suffix": "w3"}
+    (tmp_path / "further" / FORMAT_FILE).write_text(json.dumps(form))
+    further = {"name": "helpful", "source": str(tmp_path / "further")}
+    given = models(tiny_models, str(tiny_models.reward), rewards=[further])
+    plan = check(configure(model=given, reward={"pooling_suffix": setting}))
+    assert plan.reward_models["helpful"].suffix_ids == read
+
+
+def reference(tiny_models: Any, folder: Path, **config: Any) -> Path:
+    """The policy's folder again, with some numbers of its config.json changed."""
+    shutil.copytree(tiny_models.policy, folder)
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | config))
+    return folder
+
+
+def test_the_reference_reads_the_sampled_ids(
+    configure: Callable[..., PPOConfig], tiny_models: Any, save_reward: Callable[..., str], tmp_path: Path
+) -> None:
+    models = {"policy": str(tiny_models.policy), "reward_model": str(tiny_models.reward)}
+    same, short = reference(tiny_models, tmp_path / "same"), tmp_path / "short"
+    plan = check(config := configure(model=models | {"reference": str(same)}))
+    settings = scoring_settings(config, plan)
+    assert (settings.reference, settings.tokenizer) == (str(same), str(tiny_models.policy))
+    reference(tiny_models, short, max_position_embeddings=16)
+    with pytest.raises(ConfigError, match=r"model\.reference: .*short can read 16 tokens, .* has 17"):
+        check(configure(model=models | {"reference": str(short)}))
+    with pytest.raises(ConfigError, match=r"model\.reference: .* differs from the policy's in 40 tokens"):
+        check(configure(model=models | {"reference": save_reward(OTHER_ORDER)}))
+    with pytest.raises(ConfigError, match="/absent: no such folder for the reference"):
+        check(configure(model=models | {"reference": "/absent"}))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +232,7 @@ def test_a_critic_of_its_own_folder_must_read_the_policys_tokens(
     foreign = save_reward(OTHER_ORDER)
     config = configure(model=models(tiny_models, foreign), critic={"source": str(tiny_models.reward)})
     assert check(config).config is config
-    with pytest.raises(ConfigError, match=r"critic\.init = reward_trunk: .* use critic\.init = sft"):
+    with pytest.raises(ConfigError, match=r"critic\.init = reward_trunk: .* use critic\.init = sft without critic"):
         check(configure(critic={"source": foreign}))
 
 
@@ -210,7 +252,7 @@ def test_text_that_does_not_meet_is_refused_where_prefixes_are_read(
     with pytest.raises(ConfigError, match=r"model\.reward_model: 6\d% .*reward\.max_alignment_loss \(0\.2\)"):
         check(configure(model=model))
     check(configure(model=model, reward={"mode": "terminal"}))
-    assert "% of the policy's tokens" in check(configure(model=model, reward={"max_alignment_loss": 0.7})).warnings[0]
+    assert "% of the policy's tokens" in check(configure(model=model, reward={"max_alignment_loss": 0.7})).warnings[-1]
 
 
 def test_every_model_must_read_the_longest_response(configure: Callable[..., PPOConfig], tiny_models: Any) -> None:

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 from ray.exceptions import RayError
 
-from r3hf_ray.actors.pipeline import Events, Member, Pipeline, Tally, Verdict, members, sentence_of
-from r3hf_ray.actors.steps import Row, Share, Step, calibration_of, evaluation_metrics
+from r3hf_ray.actors.pipeline import Events, Member, Pipeline, RunFailed, Tally, Verdict, members, sentence_of
+from r3hf_ray.actors.steps import Row, Share, Step, calibration_of, evaluation_metrics, unlike_units
 from r3hf_ray.actors.weight_store import Publication, TransferStep
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.plan import Request, split_evenly, step_requests, stream_requests
@@ -94,6 +94,7 @@ class Coordinator:
 
     async def begin(self, step: int) -> None:
         """A learner group (re)starts at `step`: drop whatever was under way; generation waits for its first weights."""
+        self._verdict.check()
         for task in list(self._tasks):
             task.cancel()
         # A rank may die after its step was checkpointed and before the samplers confirmed: that step is not done again.
@@ -103,8 +104,7 @@ class Coordinator:
         kind = "started" if self._attempt == self._first_attempt else "restart"
         self._events.add(kind, step=step, attempt=self._attempt)
         self._events.stage("learner", f"started at step {step}")
-        if self._verdict.sentence is None:
-            self._spawn(self._run(step))
+        self._spawn(self._run(step))
 
     async def publish(self, publication: Publication) -> None:
         """Queue new weights at every sampler, then let the next chunks go.
@@ -234,9 +234,15 @@ class Coordinator:
         infos = await self._judge(self._requests("calibration", self._prompts, count), "calibration")
         if len(infos) < 2:
             self._verdict.fail(f"calibration scored fewer than 2 responses; {self._last_quarantine()}")
-        self._calibration = calibration_of(infos)
+        try:
+            self._calibration = calibration_of(infos, self._config)
+        except RunFailed as error:
+            self._verdict.fail(str(error))
         for name, (mean, std) in self._calibration.items():
             self._events.add("calibrated", model=name, mean=mean, std=std, responses=len(infos))
+        lender = self._config.reward.prefixes_from
+        if lender is not None and (sentence := unlike_units(self._calibration, lender)):
+            self._events.add("warning", step=0, reason=sentence)
         self._calibrated.set()
 
     def _evaluation_due(self, version: int) -> bool:

@@ -1,4 +1,6 @@
-"""What Ray Train runs on each rank: pull a share, update, publish weights, checkpoint.
+"""The learner group: how Ray Train starts and ends it, and what each rank does.
+
+A rank pulls its share of a batch, updates, publishes weights, and checkpoints.
 
 The learner pulls because `TorchTrainer.fit()` owns its ranks and blocks. Everything outside is found by name and looked
 up again after every restart; a restarted group begins at the last committed checkpoint and tells the coordinator so.
@@ -11,18 +13,29 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConsistencyMode
+from ray.exceptions import RayActorError
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointConsistencyMode,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    UserCallback,
+)
 
+from r3hf_ray.actors.environment import ACTORS, of_threads
 from r3hf_ray.actors.pipeline import RunFailed
 from r3hf_ray.actors.steps import Share
 from r3hf_ray.actors.weight_store import Probe, Tensor, fingerprint, publish
 from r3hf_ray.config import PPOConfig
+from r3hf_ray.models.load import ModelError
 from r3hf_ray.models.sharding import make_mesh
 from r3hf_ray.training.guard_rails import warnings_of
 from r3hf_ray.training.ppo import DivergenceError, PPOLearner, RewardScale, TelescopingError
@@ -50,33 +63,105 @@ BROKEN_CODE = (TypeError, ValueError, LookupError, AttributeError, AssertionErro
 not."""
 
 
+class RestartGuard(UserCallback):
+    """Lets Ray Train start a group again after a lost process, and not once the run is over.
+
+    It runs in Ray Train's controller, which tears the group down on what is raised here and does not retry it.
+    """
+
+    def __init__(self, namespace: str) -> None:
+        """``namespace`` of the run's named actors."""
+        self._namespace = namespace
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called when a rank has raised or died.
+
+        Raises:
+            RunFailed: the run has failed, or its coordinator is gone.
+        """
+        try:
+            snapshot = ray.get(ray.get_actor("coordinator", self._namespace).poll.remote(0, 0))
+        except (ValueError, RayActorError) as error:
+            raise RunFailed("the coordinator is gone") from error
+        if snapshot.failed:
+            raise RunFailed(snapshot.failed)
+
+
+def fit(settings: LearnerSettings) -> None:
+    """Run the learner group to its end.
+
+    Raises:
+        TrainingFailedError: the run has failed, or the group was lost more often than `learner.max_failures`.
+    """
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    config, learner = settings.config, settings.config.learner
+    on_gpu = learner.gpus_per_rank > 0
+    overlap = config.rollout.max_lag > 0
+    environment = ACTORS | of_threads(learner.threads, cpus=learner.cpus_per_rank, overlap=overlap)
+    gpus = {"GPU": learner.gpus_per_rank} if on_gpu else {}
+    TorchTrainer(
+        train_loop,
+        train_loop_config={"learner": settings},
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=learner.ranks,
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": learner.cpus_per_rank} | gpus,
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=str(settings.run_folder),
+            failure_config=FailureConfig(max_failures=learner.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=learner.keep_checkpoints),
+            worker_runtime_env={"env_vars": environment},
+            callbacks=[RestartGuard(settings.namespace)],
+        ),
+    ).fit()
+
+
 def train_loop(settings: dict[str, LearnerSettings]) -> None:
     """One rank's whole life.
 
-    A run that is over ends here in silence: the driver has its reason from the coordinator, and an error would only
-    make Ray Train start the group again.
+    The driver has started the named actors before the group, and a named actor is registered when its start returns: a
+    rank that does not find them is one of a run that is over. What ends a run is told to the coordinator, whose
+    `RunFailed` then leaves here, so that Ray Train ends the other ranks too, in whatever collective they wait.
+
+    Raises:
+        RunFailed: the run is over; `RestartGuard` sees to it that the group is not started again.
     """
-    with suppress(RunFailed):
-        rank = _Rank(settings["learner"])
-        try:
-            rank.run()
-        except (DivergenceError, TelescopingError) as error:
-            rank.give_up(str(error))
-        except BROKEN_CODE as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            what = f"{type(error).__name__} in {place.filename}, line {place.lineno}"
-            rank.give_up(f"the learner broke ({what}): {error}")
+    learner = settings["learner"]
+    coordinator = ray.get_actor("coordinator", learner.namespace)
+    store = ray.get_actor("weight_store", learner.namespace)
+    try:
+        _Rank(learner, coordinator, store).run()
+    except (ModelError, DivergenceError, TelescopingError) as error:
+        give_up(coordinator, str(error))
+    except BROKEN_CODE as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__} in {place.filename}, line {place.lineno}"
+        give_up(coordinator, f"the learner broke ({what}): {error}")
+
+
+def give_up(coordinator: Any, reason: str) -> NoReturn:
+    """End the whole run.
+
+    Raises:
+        RunFailed: always.
+    """
+    with suppress(RunFailed):  # the coordinator's own is an error of a remote task, whose text is a traceback
+        ray.get(coordinator.fail.remote(reason))
+    raise RunFailed(reason)
 
 
 class _Rank:
     """The handles and the learner of one rank."""
 
-    def __init__(self, settings: LearnerSettings) -> None:
+    def __init__(self, settings: LearnerSettings, coordinator: Any, store: Any) -> None:
         self._settings, self._config = settings, settings.config
+        self._coordinator, self._store = coordinator, store
         context = ray.train.get_context()
         self._rank, self._world = context.get_world_rank(), context.get_world_size()
-        self._coordinator = ray.get_actor("coordinator", settings.namespace)
-        self._store = ray.get_actor("weight_store", settings.namespace)
         self._nccl: Any = None
         self._warned: set[str] = set()
         on_gpu = self._config.learner.gpus_per_rank > 0
@@ -102,14 +187,6 @@ class _Rank:
         while self._learner.step < self._config.ppo.steps:
             self._step()
         self._learner.save_pretrained(self._settings.run_folder / "model")
-
-    def give_up(self, reason: str) -> None:
-        """End the whole run.
-
-        Raises:
-            RunFailed: always; the other ranks get it from their next call of the coordinator.
-        """
-        ray.get(self._coordinator.fail.remote(reason))
 
     def _restore(self) -> None:
         checkpoint = ray.train.get_checkpoint()

@@ -2,16 +2,20 @@
 
 import asyncio
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from r3hf_ray.actors.pipeline import Sample, Tally
+from r3hf_ray.actors.pipeline import RunFailed, Sample, Tally
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.plan import deal_to_ranks, minibatch_of
+from r3hf_ray.sections.models import field_of
 from r3hf_ray.types import MAIN, Finish, ScoreInfo
 
 Row = dict[str, int | float]
 """Metrics of one step by name; counts are integers."""
+UNIT_FACTOR = 2.0
+"""How far the spreads of two models trained on the same preferences may lie apart without a warning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +69,33 @@ class Step:
         )
 
 
-def calibration_of(infos: list[ScoreInfo]) -> dict[str, tuple[float, float]]:
-    """(mean, std) of each model's sequence reward, by name; of at least two responses."""
+def calibration_of(infos: list[ScoreInfo], config: PPOConfig) -> dict[str, tuple[float, float]]:
+    """(mean, std) of each model's sequence reward, by name; of at least two responses.
+
+    Raises:
+        RunFailed: a model that is trained on scores all of them alike. One of weight 0 may.
+    """
     scores = {MAIN: [info.score for info in infos]}
     scores |= {name: [info.components[name] for info in infos] for name in infos[0].components}
-    return {name: (statistics.fmean(values), statistics.pstdev(values)) for name, values in scores.items()}
+    found = {name: (statistics.fmean(values), statistics.pstdev(values)) for name, values in scores.items()}
+    for name, (mean, std) in found.items():
+        if name in config.summed and not std > 0.0:
+            raise RunFailed(
+                f"{field_of(name)} gives every sampled response the same score ({mean:g}): it tells nothing apart; use "
+                "another model, or weight 0"
+            )
+    return found
+
+
+def unlike_units(calibration: Mapping[str, tuple[float, float]], lender: str) -> str:
+    """What to say where the model of `reward.prefixes_from` is not in the main one's unit; empty where it is."""
+    own, lent = calibration[MAIN][1], calibration[lender][1]
+    if max(own, lent) <= UNIT_FACTOR * min(own, lent):
+        return ""
+    return (
+        f"reward.prefixes_from = {lender}: its scores spread by {lent:.3g}, those of model.reward_model by {own:.3g}; "
+        "both must be in one unit, or the last token pays for the difference: see r3hf/eos_jump_mass"
+    )
 
 
 def evaluation_metrics(infos: list[ScoreInfo]) -> Row:

@@ -28,7 +28,11 @@ PROBE_LENGTHS = (2, 17, 130, 300)
 """Of the probe's rows: shorter and longer than one and two blocks of the CPU's cache (128). [tokens]"""
 
 CACHE_BYTES = 2**30
-"""Keys and values of an engine. Rows wait for each other where it is full, so it limits one row's length only."""
+"""Keys and values of an engine, at least. Rows wait for each other where it is full, so it limits one row's length
+only."""
+
+SPARE_TOKENS = 256
+"""Cached beyond the longest row: its last block, and one that vLLM keeps for itself; 128 each on a CPU. [tokens]"""
 
 USE_TRANSFORMERS = "use reward.backend = transformers"
 
@@ -43,8 +47,8 @@ class VllmReader:
         """Score a probe with transformers, free that model, start the engine, and compare.
 
         Raises:
-            ModelError: transformers cannot load the model, vLLM cannot run it, or the largest difference of their
-                scores is above `BOUNDS`.
+            ModelError: transformers cannot load the model, vLLM cannot run it or has no room for the longest row, or
+                the largest difference of their scores is above `BOUNDS`.
         """
         require_readable(settings.source, mode=settings.mode)
         self._settings = settings
@@ -57,16 +61,22 @@ class VllmReader:
         except (ValueError, RuntimeError) as error:
             reason = str(error).strip().split("\n")[0]
             raise ModelError(f"{settings.source}: vLLM cannot run it ({reason}); {USE_TRANSFORMERS}") from error
+        require_room(self._limit, settings)
         require_equal(found, expected, batch.response_mask, settings)
 
+    @property
+    def _limit(self) -> int:
+        """Longest row that the engine reads. [tokens]"""
+        return int(self._engine.model_config.max_model_len)
+
     def read(self, batch: Sampled) -> Reading:
-        """Scores of every prefix; a row longer than the engine's cache is refused."""
+        """Scores of every prefix; a row longer than the engine's cache, of a translation only, is refused."""
         from vllm import PoolingParams
 
         suffix = torch.tensor(self._settings.suffix_ids, dtype=torch.long)
         texts = zip(batch.token_ids.cpu(), batch.attention_mask.cpu(), batch.finished.tolist(), strict=True)
         rows = [torch.cat([ids[inside], suffix]) if ended else ids[inside] for ids, inside, ended in texts]
-        limit = self._engine.model_config.max_model_len
+        limit = self._limit
         readable = [number for number, row in enumerate(rows) if len(row) <= limit]
         asked = [{"prompt_token_ids": rows[number].tolist()} for number in readable]
         raw = PoolingParams(use_activation=False)
@@ -119,6 +129,34 @@ def probe(settings: ReaderSettings) -> Sampled:
     )
 
 
+def require_room(limit: int, settings: ReaderSettings) -> None:
+    """Refuse an engine that would refuse long rows, and so leave the policy's long responses out of training.
+
+    Args:
+        limit: longest row that the engine reads. [tokens]
+        settings: of the reader, with the longest row that can come.
+
+    Raises:
+        ModelError: a longer one can come.
+    """
+    if settings.longest is not None and settings.longest > limit:
+        raise ModelError(
+            f"{settings.source}: with reward.backend = vllm it reads rows of up to {limit} tokens, and one of "
+            f"{settings.longest} can come: lower rollout.max_response_tokens or data.max_prompt_tokens, or "
+            f"{USE_TRANSFORMERS}"
+        )
+
+
+def cache_bytes(settings: ReaderSettings) -> int:
+    """Room for the keys and values of the longest row, as of a decoder that keeps them all, and never little."""
+    config = AutoConfig.from_pretrained(settings.source).get_text_config()
+    sizes = config.to_dict()
+    heads = sizes.get("num_key_value_heads") or config.num_attention_heads
+    width = sizes.get("head_dim") or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * width * settings.dtype.itemsize
+    return max(CACHE_BYTES, token * ((settings.longest or 0) + SPARE_TOKENS))
+
+
 def require_equal(
     found: Reading, expected: PrefixScores, response_mask: Bool[Tensor, "B T"], settings: ReaderSettings
 ) -> None:
@@ -162,7 +200,7 @@ def _engine(settings: ReaderSettings) -> Any:
         enable_prefix_caching=False,
         enforce_eager=True,
         max_model_len=-1,
-        kv_cache_memory_bytes=CACHE_BYTES,
+        kv_cache_memory_bytes=cache_bytes(settings),
         gpu_memory_utilization=0.1,  # only compared with what is free, next to an explicit cache
         disable_log_stats=True,
     )

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 STD_FLOOR = 0.1
-"""Smallest spread that `grpo_advantages` divides by. Scaled rewards have spread 1 under the initial policy."""
+"""Smallest spread that `grpo_advantages` divides by, in units of the summed reward. One model of weight 1 has spread 1
+under the initial policy; other weights and sums of several models have another, and the floor does not follow them."""
 
 
 def kl_estimate(log_ratio: Float[Tensor, "B T"], estimator: str) -> Float[Tensor, "B T"]:

@@ -44,7 +44,8 @@ class PrefixScores:
         """Prompt score and reward of these, on the way between them the steps of ``other``: ``P_t := P_0 + Q_t - Q_0``.
 
         A potential of the state like any other, so all that holds of `r3hf` still holds; the last token earns what is
-        left, ``R - P_{T-1}``. Both must be in one unit, such as logits of the same preferences.
+        left, ``R - P_{T-1}``, the one difference with R in it: to `drop` that jump would leave ``Q_{T-1} - Q_0``. Both
+        must be in one unit, such as logits of the same preferences.
         """
         steps = self.prompt[:, None] + other.prefix - other.prompt[:, None]
         return replace(self, prefix=steps.masked_fill(~response_mask, 0.0))
@@ -73,8 +74,9 @@ class RedistributionInputs:
     ref_logprobs: Float[Tensor, "B T"]
     """Of the frozen reference. [nats]"""
     by_model: Mapping[str, PrefixScores]
-    """Of every reward model of the run, by name; ``"reward"`` is `model.reward_model`. So one's
-    prefixes can carry the reward of another; a model of weight 0 is read and pays nothing."""
+    """Of every reward model of the run, by name; ``"reward"`` is `model.reward_model`. So one's prefixes can carry the
+    reward of another; a model of weight 0 is read and pays nothing. Under ``reward.prefixes_from`` the prefixes of
+    ``"reward"`` are the borrowed ones already (`PrefixScores.carried_by`), its prompt score and reward its own."""
 
 
 Method = Callable[[PrefixScores, Bool[Tensor, "B T"]], Float[Tensor, "B T"]]

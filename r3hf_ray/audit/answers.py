@@ -6,8 +6,8 @@ their mean and divided by their standard deviation over the answers at hand. Eve
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float64
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from r3hf_ray.algorithms.batching import microbatches, pad_rows
 from r3hf_ray.algorithms.redistribution import METHODS, PrefixScores, redistribute, telescoping_error
@@ -119,18 +119,20 @@ def load_judge(source: str, *, attention: bool = False) -> Judge:
     )
 
 
-@contextmanager
-def random_head(judge: Judge, *, seed: int) -> Iterator[None]:
-    """Within it, the reward model has its trunk and a fresh random head: a control that was never taught to judge."""
-    weight = score_head(judge.model).weight
-    trained = weight.detach().clone()
-    generator = torch.Generator().manual_seed(seed)
-    fresh = torch.randn(weight.shape, generator=generator) / (weight.shape[1] + 1) ** 0.5
-    try:
-        weight.data.copy_(fresh)
-        yield
-    finally:
-        weight.data.copy_(trained)
+def untrained(judge: Judge, *, seed: int) -> Judge:
+    """The judge with fresh weights everywhere, trunk and head: a control that was taught neither language nor taste.
+
+    It reads no attention, and is as large as the judge beside which it stands in memory.
+    """
+    config = deepcopy(judge.model.config)  # from_config writes into it
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa"
+        )
+        head = score_head(model)
+        nn.init.normal_(head.weight, std=head.in_features**-0.5)  # a fresh running-sum head is 0
+    return replace(judge, model=model.eval().to(_device()), reads_attention=False)
 
 
 @torch.inference_mode()

@@ -12,10 +12,10 @@ from r3hf_ray.audit.answers import (
     credit_by_method,
     load_judge,
     r3hf_credit,
-    random_head,
     reference_logprobs,
     score_answers,
     unit,
+    untrained,
 )
 from r3hf_ray.audit.audit import audit_numbers
 from r3hf_ray.audit.audit_page import audit_page, pair_cards
@@ -24,11 +24,12 @@ from r3hf_ray.audit.human_credit import with_controls as with_human_controls
 from r3hf_ray.audit.human_page import human_cards, human_page
 from r3hf_ray.audit.marked import MarkedAnswer, Text, load_marked
 from r3hf_ray.audit.page import write_page
-from r3hf_ray.audit.pairs import audit_pairs
+from r3hf_ray.audit.pairs import audit_pairs, selection
 from r3hf_ray.audit.toy_credit import first_advantages, toy_bars, toy_responses, toy_rows, with_controls
 from r3hf_ray.audit.toy_page import toy_cards, toy_page
 from r3hf_ray.audit.verdict import verdict
 from r3hf_ray.config import ConfigError
+from r3hf_ray.sections.data import DataSection
 
 QA_FEEDBACK = ("dev_feedback.json", "qa_feedback.jsonl.gz", "qa_feedback.jsonl")
 QA_FEEDBACK_URL = (
@@ -36,26 +37,39 @@ QA_FEEDBACK_URL = (
 )
 
 
-def run_audit(reward_model: str, source: str, *, limit: int | None, skip: int, folder: Path, console: Console) -> int:
+def run_audit(reward_model: str, data: DataSection, *, folder: Path, console: Console) -> int:
     """Audit a reward model on preference pairs; 0, whatever the verdict.
+
+    Args:
+        reward_model: folder or hub name.
+        data: the pairs, as in a job of `r3hf reward`; its lengths are the reward model's window.
+        folder: for ``audit.html`` and ``audit.json``.
+        console: for the results.
 
     Raises:
         ConfigError: the model or the data cannot be used.
     """
     judge = load_judge(reward_model)
-    pairs, report = audit_pairs(source, judge.tokenizer, window=judge.window, limit=limit, skip=skip)
+    pairs, report = audit_pairs(data, judge.tokenizer, window=judge.window)
     console.print(report, markup=False)
     answers = [Answer(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     scored = score_answers(judge, answers, console=console)
     judged = list(zip(scored[::2], scored[1::2], strict=True))
     audit = audit_numbers(judged)
     found = verdict(audit)
+    about = f"{audit.pairs:,} pairs of {selection(data)}"
     page = write_page(
         folder,
         "audit",
-        audit_page(audit, found, judged, title=_name(reward_model), about=f"{audit.pairs:,} pairs of {source}"),
+        audit_page(audit, found, judged, title=_name(reward_model), about=about),
         cards=pair_cards(judged, judge.tokenizer, audit),
-        numbers={"reward_model": reward_model, "data": source, "report": report, "verdict": found, "audit": audit},
+        numbers={
+            "reward_model": reward_model,
+            "data": data.model_dump(exclude_defaults=True),
+            "report": report,
+            "verdict": found,
+            "audit": audit,
+        },
     )
     console.print(found.sentence, markup=False)
     for note in found.notes:
@@ -75,7 +89,7 @@ def run_credit(
     folder: Path,
     console: Console,
 ) -> int:
-    """Measure the credit of every method; 1 if the toy's bars are missed.
+    """Measure the credit of every method; 1 if a bar of the toy is missed, which too few responses cannot.
 
     Args:
         benchmark: ``toy``, ``qa_feedback``, or a file of marked answers (see `marked`).
@@ -126,9 +140,9 @@ def _toy(
     for row in rows:
         console.print(f"{row.method:<10} phrase AUC {row.phrase_auc}  token AUC {row.token_auc}", markup=False)
     for bar in bars:
-        console.print(f"{'met' if bar.holds else 'missed'}: {bar.sentence}", markup=False)
+        console.print(f"{bar.label}: {bar.sentence}", markup=False)
     console.print(f"page: {page}", markup=False)
-    return 0 if all(bar.holds for bar in bars) else 1
+    return 1 if any(bar.holds is False for bar in bars) else 0
 
 
 def _human(
@@ -145,7 +159,8 @@ def _human(
     paid = with_human_controls(credit_by_method(judge, scored, mean=mean, std=std), texts, seed=seed, more=controls)
     first = {method: credit[:count] for method, credit in paid.items()}
     rows = human_rows(first, {method: credit[count:] for method, credit in paid.items()}, answers)
-    pairs = pair_rows({name: _margins(answers, values) for name, values in totals.items()})
+    amended = [answer for answer in answers if answer.corrected is not None]
+    pairs = pair_rows({name: _margins(answers, values) for name, values in totals.items()}, amended)
     found, about = human_verdict(rows), f"{count:,} marked answers of {source}"
     areas = [blame(credit, answer) for credit, answer in zip(first["r3hf"], answers, strict=True)]
     page = write_page(
@@ -165,7 +180,7 @@ def _human(
         },
     )
     for row in rows:
-        console.print(f"{row.method:<26} AUROC {row.auroc}  {row.auroc.count} answers", markup=False)
+        console.print(f"{row.method:<26} AUROC {row.auroc}  {row.auroc.count} questions", markup=False)
     console.print(f"{found.sentence}\npage: {page}", markup=False)
     return 0
 
@@ -175,11 +190,10 @@ def _controls(
 ) -> tuple[dict[str, Credit], dict[str, list[float]]]:
     """What needs a model or a length: credit of every token, and a score of every text."""
     answers = [text.answer for text in texts]
-    with random_head(judge, seed=seed):
-        untrained = score_answers(judge, answers, console=console)
-    mean, std = unit(untrained)
-    credit = {UNTRAINED: r3hf_credit(untrained, mean=mean, std=std)}
-    totals = {UNTRAINED: [scored.score for scored in untrained]}
+    fresh = score_answers(untrained(judge, seed=seed), answers, console=console)
+    mean, std = unit(fresh)
+    credit = {UNTRAINED: r3hf_credit(fresh, mean=mean, std=std)}
+    totals = {UNTRAINED: [scored.score for scored in fresh]}
     if policy is not None:
         credit[LOGPROB] = reference_logprobs(judge, policy, answers, console=console)
         totals[f"{LOGPROB} a token"] = [float(logprobs.mean()) for logprobs in credit[LOGPROB]]

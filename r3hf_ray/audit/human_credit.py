@@ -4,6 +4,7 @@ A perfect preference model need not agree with the marks: people also prefer by 
 answers and the single kinds of error beside the overall area, and every method beside the controls.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,12 +14,14 @@ from jaxtyping import Bool, Float64
 
 from r3hf_ray.algorithms.credit import auc
 from r3hf_ray.audit.answers import Credit
-from r3hf_ray.audit.intervals import Mean, Share, mean_interval, wins
+from r3hf_ray.audit.intervals import Mean, mean_interval
 from r3hf_ray.audit.marked import MarkedAnswer, Text, changed_characters, marked_characters, on_characters
 
-RANDOM, POSITION = "random", "earlier is better"
+RANDOM, EARLIER, LATER = "random", "earlier is better", "later is better"
 LOGPROB, UNTRAINED = "reference log-probability", "untrained reward model"
-CONTROLS = (RANDOM, POSITION, LOGPROB, UNTRAINED)
+CONTROLS = (RANDOM, EARLIER, LATER, LOGPROB, UNTRAINED)
+ENOUGH_ANSWERS = 30
+"""Judged answers, each to another question. With fewer a bootstrap is too narrow, and with one it is a point."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +30,11 @@ class HumanRow:
 
     method: str
     control: bool
+    areas: tuple[float, ...]
+    """Of minus credit, marked against unmarked characters, within an answer: one for each question, in the order of the
+    file; NaN without both sorts of text. Where a question has several answers, their mean."""
     auroc: Mean
-    """Of minus credit, marked against unmarked characters, within an answer; over answers."""
+    """Of `areas`; everything below is over questions too."""
     by_kind: dict[str, Mean]
     """The same for one kind of mark against unmarked characters."""
     marked_minus_unmarked: Mean
@@ -47,6 +53,8 @@ class HumanVerdict:
     good: bool
     status: str
     sentence: str
+    lead: Mean | None = None
+    """What the best method's area has more than the best control's, question by question; None if not compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +62,8 @@ class PairRow:
     """How often a way to score whole answers puts the corrected one above the original."""
 
     name: str
-    accuracy: Share
+    accuracy: Mean
+    """Over questions; a tie counts one half."""
 
 
 def with_controls(
@@ -69,7 +78,8 @@ def with_controls(
     return {
         **{name: [shared(c) for c in credit] if name == "segment" else credit for name, credit in paid.items()},
         RANDOM: [rng.standard_normal(length) for length in lengths],
-        POSITION: [np.arange(length, 0, -1) / length for length in lengths],
+        EARLIER: [np.arange(length, 0, -1) / length for length in lengths],
+        LATER: [np.arange(1, length + 1) / length for length in lengths],
         **more,
     }
 
@@ -97,36 +107,61 @@ def human_rows(
     """
     kinds = sorted({span.kind for answer in answers for span in answer.spans})
     pairs = [(answer, answer.corrected) for answer in answers if answer.corrected is not None]
+    amended = [answer for answer, _ in pairs]
     changes = [changed_characters(answer.original.text, fixed.text) for answer, fixed in pairs]
     rows = []
     for method, credit in original.items():
         spread = [on_characters(c, a.original) for c, a in zip(credit, answers, strict=True)]
         fixed = [on_characters(c, text) for c, (_, text) in zip(corrected[method], pairs, strict=True)]
         before = [s for s, a in zip(spread, answers, strict=True) if a.corrected is not None]
+        areas = per_question([_blame(s, a, None) for s, a in zip(spread, answers, strict=True)], answers)
+        kind_areas = {kind: [_blame(s, a, kind) for s, a in zip(spread, answers, strict=True)] for kind in kinds}
+        differences = [_difference(s, a) for s, a in zip(spread, answers, strict=True)]
+        removed = [_auc(-s, out) for s, (out, _) in zip(before, changes, strict=True)]
+        added = [_auc(s, new) for s, (_, new) in zip(fixed, changes, strict=True)]
         rows.append(
             HumanRow(
                 method=method,
                 control=method in CONTROLS,
-                auroc=mean_interval([_blame(s, a, None) for s, a in zip(spread, answers, strict=True)]),
-                by_kind={
-                    kind: mean_interval([_blame(s, a, kind) for s, a in zip(spread, answers, strict=True)])
-                    for kind in kinds
-                },
-                marked_minus_unmarked=mean_interval([_difference(s, a) for s, a in zip(spread, answers, strict=True)]),
-                removed=mean_interval([_auc(-s, out) for s, (out, _) in zip(before, changes, strict=True)]),
-                added=mean_interval([_auc(s, new) for s, (_, new) in zip(fixed, changes, strict=True)]),
+                areas=tuple(areas),
+                auroc=mean_interval(areas),
+                by_kind={kind: mean_interval(per_question(found, answers)) for kind, found in kind_areas.items()},
+                marked_minus_unmarked=mean_interval(per_question(differences, answers)),
+                removed=mean_interval(per_question(removed, amended)),
+                added=mean_interval(per_question(added, amended)),
             )
         )
     return rows
 
 
-def pair_rows(margins: Mapping[str, Sequence[float]]) -> list[PairRow]:
-    """Accuracy on corrected against original answers; a margin is what the corrected one scores more."""
-    return [PairRow(name, wins(np.array(margin, dtype=np.float64))) for name, margin in margins.items()]
+def per_question(values: Sequence[float], answers: Sequence[MarkedAnswer]) -> list[float]:
+    """Mean of the known values of each question's answers, in the order of the file; NaN where none is known.
+
+    Answers to one question are not independent of each other; questions are.
+    """
+    found: dict[tuple[int, ...], list[float]] = {}
+    for value, answer in zip(values, answers, strict=True):
+        known = found.setdefault(tuple(answer.original.answer.prompt_ids), [])
+        known += [] if math.isnan(value) else [value]
+    return [float(np.mean(known)) if known else math.nan for known in found.values()]
+
+
+def pair_rows(margins: Mapping[str, Sequence[float]], answers: Sequence[MarkedAnswer]) -> list[PairRow]:
+    """Accuracy on corrected against original answers.
+
+    Args:
+        margins: by name, what each corrected answer scores more than its original.
+        answers: those that have a corrected one.
+    """
+    won = {name: [(float(np.sign(m)) + 1.0) / 2.0 for m in margin] for name, margin in margins.items()}
+    return [PairRow(name, mean_interval(per_question(wins, answers))) for name, wins in won.items()]
 
 
 def human_verdict(rows: Sequence[HumanRow]) -> HumanVerdict:
-    """Which method finds marked text best, whether better than chance, and better than the best control."""
+    """Which method finds marked text best, whether better than chance, and better than the best control.
+
+    The two are compared on the same questions: their difference must stay above 0 when questions are drawn again.
+    """
     methods = [row for row in rows if not row.control and row.auroc.count]
     controls = [row for row in rows if row.control and row.auroc.count]
     if not methods:
@@ -134,15 +169,28 @@ def human_verdict(rows: Sequence[HumanRow]) -> HumanVerdict:
             False, "not judged", "No answer has both marked and unmarked text: credit cannot be judged."
         )
     best, rival = (max(side, key=lambda row: row.auroc.value) for side in (methods, controls))
-    found = f"{best.method} puts marked below unmarked text with AUROC {best.auroc} over {best.auroc.count} answers"
+    if best.auroc.count < ENOUGH_ANSWERS:
+        sentence = (
+            f"Too few answers to say: {best.auroc.count} can be judged, with both marked and unmarked text and each to "
+            f"another question; {ENOUGH_ANSWERS} are needed."
+        )
+        return HumanVerdict(False, "too few answers to say", sentence)
+    found = (
+        f"{best.method}, picked as the best of {len(methods)} methods, puts marked below unmarked text with AUROC "
+        f"{best.auroc} over {best.auroc.count} questions"
+    )
     if best.auroc.low <= 0.5:
-        sentence = f"No method's credit finds what people marked: at best {found}, which chance explains."
+        sentence = f"No method's credit finds what people marked: {found}, which chance explains."
         return HumanVerdict(False, "no better than chance", sentence)
-    if best.auroc.low <= rival.auroc.value:
-        sentence = f"Better than chance, no better than a control: {found}; '{rival.method}' reaches {rival.auroc}."
-        return HumanVerdict(False, "no better than a control", sentence)
-    against = f"the best control, '{rival.method}', reaches {rival.auroc}"
-    return HumanVerdict(True, "finds marks", f"Token credit finds some of what people marked: {found}; {against}.")
+    lead = mean_interval(np.subtract(best.areas, rival.areas).tolist())
+    against = (
+        f"{found}; question by question that is {lead.value:+.2f} [{lead.low:+.2f}, {lead.high:+.2f}] on the best "
+        f"control, '{rival.method}' ({rival.auroc}). The intervals do not count the picking."
+    )
+    if lead.low <= 0.0:
+        sentence = f"Better than chance, no better than a control: {against}"
+        return HumanVerdict(False, "no better than a control", sentence, lead)
+    return HumanVerdict(True, "finds marks", f"Token credit finds some of what people marked: {against}", lead)
 
 
 def blame(credit: Float64[np.ndarray, "T"], answer: MarkedAnswer) -> float:

@@ -20,7 +20,7 @@ AREA = "area under the curve"
 MARKS = {"minus-mark": "people marked it as wrong"}
 CONTROL_NOTES = {
     LOGPROB: "how likely the policy finds each token",
-    UNTRAINED: "r3hf with the same trunk and a random head",
+    UNTRAINED: "r3hf by a model of this shape with random weights",
 }
 
 
@@ -37,7 +37,7 @@ def human_page(rows: Sequence[HumanRow], pairs: Sequence[PairRow], *, title: str
         about=about,
         marks=MARKS,
         tiles=[
-            Tile("Best method", best.method, f"AUROC {best.auroc} over {best.auroc.count} answers"),
+            Tile("Best method", best.method, f"AUROC {best.auroc} over {best.auroc.count} questions"),
             Tile("Marked less unmarked", f"{best.marked_minus_unmarked.value:+.2f}", "credit in std; below 0 is right"),
             *(
                 Tile(f"Corrected beats original: {pair.name}", f"{pair.accuracy.value:.0%}", str(pair.accuracy))
@@ -162,7 +162,7 @@ def _mark_charts(rows: Sequence[HumanRow]) -> list[Chart]:
             title="Marked characters are paid less",
             unit="AUROC of minus credit",
             sentence="Chance that a marked character is paid less than an unmarked one of the same answer. The dashed "
-            "line is chance; bars are 95% intervals over questions; controls are grey.",
+            "line is chance; bars are 95% bootstrap intervals over questions; controls are grey.",
             series=[_series("all marks", rows, [row.auroc for row in rows])],
             kind="dots",
             reference=0.5,
@@ -209,7 +209,7 @@ def _correction_charts(rows: Sequence[HumanRow], pairs: Sequence[PairRow]) -> li
             title="Is the corrected answer scored higher?",
             unit="share of pairs",
             sentence="Whole answers: how often the corrected one beats the original, by the reward model and "
-            "by controls.",
+            "by controls. Bars are 95% bootstrap intervals over questions; one without width says only that all agree.",
             kind="dots",
             series=[
                 {
@@ -232,7 +232,7 @@ def _tables(rows: Sequence[HumanRow], pairs: Sequence[PairRow]) -> list[Table]:
     return [
         Table(
             title="Agreement with people's marks",
-            head=["method", "AUROC", "answers", "marked − unmarked", "taken out", "brought in", *kinds],
+            head=["method", "AUROC", "questions", "marked − unmarked", "taken out", "brought in", *kinds],
             rows=[
                 Row(
                     [
@@ -250,11 +250,13 @@ def _tables(rows: Sequence[HumanRow], pairs: Sequence[PairRow]) -> list[Table]:
             ],
             note="AUROC of minus credit within an answer, mean over questions with 95% bootstrap intervals; 0.5 is "
             "chance. Marked − unmarked: mean credit of marked less that of unmarked stretches, in standard deviations "
-            "within the answer; negative is right. Grey rows are controls.",
+            "within the answer; negative is right. Grey rows are controls; the place in the answer is one in both "
+            "directions.",
         ),
         Table(
             title="Corrected against original answers",
-            head=["scored by", "corrected one higher", "pairs"],
+            head=["scored by", "corrected one higher", "questions"],
             rows=[Row([p.name, str(p.accuracy), str(p.accuracy.count)], quiet=k > 0) for k, p in enumerate(pairs)],
+            note="Share of pairs, mean over questions with 95% bootstrap intervals; a tie counts one half.",
         ),
     ]

@@ -16,10 +16,11 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Bool, Float64
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.audit.answers import Answer, Judge
@@ -71,7 +72,7 @@ def load_marked(source: str, judge: Judge, *, limit: int | None) -> tuple[list[M
     A row longer than the model's window is counted under its number and left out: cut text would lose its marks.
 
     Raises:
-        DataError: no such file, a row of another shape, or no usable row.
+        DataError: no such file, a row of another shape (its place, the field and what is wrong), or no usable row.
         ModelError: the tokenizer cannot say which characters a token covers.
     """
     opened = open_source(DataSection(source=source))
@@ -85,10 +86,11 @@ def load_marked(source: str, judge: Judge, *, limit: int | None) -> tuple[list[M
             found.append(_marked(number, row, judge))
         except Unusable as reason:
             report.left_out.setdefault(str(reason), []).append(number)
-        except (KeyError, TypeError, IndexError) as error:
+        except DataError as error:
+            place = f"{source}:{number}" if opened.unit == "line" else f"{source}: row {number}"
             raise DataError(
-                f"{source}:{number}: is no marked answer ({error!r}); it needs question, passages, prediction 1 and "
-                "feedback, or prompt, response and spans"
+                f"{place}: is no marked answer ({error}); it needs question, passages, prediction 1 and feedback, or "
+                "prompt, response and spans"
             ) from None
     report.used = len(found)
     if not found:
@@ -161,38 +163,80 @@ def changed_characters(original: str, corrected: str) -> tuple[Bool[np.ndarray, 
     return removed, added
 
 
+class _Mark(BaseModel):
+    start: NonNegativeInt
+    end: NonNegativeInt
+    kind: str = "wrong"
+
+
+class _Turn(BaseModel):
+    role: str
+    content: str
+
+
+class _Own(BaseModel):
+    """A row of one's own."""
+
+    prompt: Annotated[list[_Turn], Field(min_length=1)]
+    response: str
+    spans: list[_Mark]
+    corrected: str | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one_turn(cls, given: object) -> object:
+        return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+class _Error(_Mark):
+    kind: str = Field(alias="error type")
+
+
+class _Feedback(BaseModel):
+    errors: list[_Error]
+    corrected: str | None = Field(None, alias="corrected-prediction")
+
+
+class _QAFeedback(BaseModel):
+    """A row of FineGrainedRLHF's QA feedback."""
+
+    question: str
+    passages: list[Annotated[list[str], Field(min_length=1)]]
+    prediction: str = Field(alias="prediction 1")
+    feedback: _Feedback
+
+
 def _marked(number: int, row: Mapping[str, Any], judge: Judge) -> MarkedAnswer:
-    question, prompt, text, spans, corrected = _qa_feedback(row) if "feedback" in row else _own(row)
-    if any(not 0 <= span.start <= span.end <= len(text) for span in spans):
-        raise IndexError("a span outside the answer")
-    differs = isinstance(corrected, str) and corrected.strip() not in ("", text.strip())
+    try:
+        question, prompt, text, marks, corrected = _qa_feedback(row) if "feedback" in row else _own(row)
+    except ValidationError as invalid:
+        error = invalid.errors(include_url=False)[0]
+        raise DataError(f"{'.'.join(map(str, error['loc']))}: {error['msg']}") from None
+    outside = next((mark for mark in marks if not mark.start <= mark.end <= len(text)), None)
+    if outside is not None:
+        raise DataError(f"start {outside.start}, end {outside.end}: not within its {len(text)} characters")
+    spans = [Span(mark.start, mark.end, mark.kind) for mark in marks]
     return MarkedAnswer(
         row=number,
         question=question,
         original=tokenise(prompt, text, judge),
         spans=tuple(sorted(spans, key=lambda span: span.start)),
-        corrected=tokenise(prompt, str(corrected), judge) if differs else None,
+        corrected=tokenise(prompt, corrected, judge) if corrected.strip() not in ("", text.strip()) else None,
     )
 
 
-def _qa_feedback(row: Mapping[str, Any]) -> tuple[str, list[Message], str, list[Span], object]:
-    passages = [f"{title}: {' '.join(' '.join(sentences).split())}" for title, *sentences in row["passages"]]
-    prompt = "\n".join([row["question"], "", "Passages:", *passages]) if passages else row["question"]
-    feedback = row["feedback"]
-    spans = [Span(int(e["start"]), int(e["end"]), str(e["error type"])) for e in feedback["errors"]]
+def _qa_feedback(row: Mapping[str, Any]) -> tuple[str, list[Message], str, Sequence[_Mark], str]:
+    given = _QAFeedback.model_validate(row)
+    passages = [f"{title}: {' '.join(' '.join(sentences).split())}" for title, *sentences in given.passages]
+    prompt = "\n".join([given.question, "", "Passages:", *passages]) if passages else given.question
     message = Message(role="user", content=prompt)
-    return row["question"], [message], row["prediction 1"], spans, feedback.get("corrected-prediction")
+    return given.question, [message], given.prediction, given.feedback.errors, given.feedback.corrected or ""
 
 
-def _own(row: Mapping[str, Any]) -> tuple[str, list[Message], str, list[Span], object]:
-    given = row["prompt"]
-    prompt = (
-        [Message(role="user", content=given)]
-        if isinstance(given, str)
-        else [Message(role=turn["role"], content=turn["content"]) for turn in given]
-    )
-    spans = [Span(int(s["start"]), int(s["end"]), str(s.get("kind", "wrong"))) for s in row["spans"]]
-    return prompt[-1]["content"], prompt, row["response"], spans, row.get("corrected")
+def _own(row: Mapping[str, Any]) -> tuple[str, list[Message], str, Sequence[_Mark], str]:
+    given = _Own.model_validate(row)
+    prompt = [Message(role=turn.role, content=turn.content) for turn in given.prompt]
+    return prompt[-1]["content"], prompt, given.response, given.spans, given.corrected or ""
 
 
 def _with_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> Mapping[str, Any]:

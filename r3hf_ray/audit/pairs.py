@@ -12,9 +12,7 @@ from r3hf_ray.sections.data import DataSection
 from r3hf_ray.training.reward_model import Pair
 
 
-def audit_pairs(
-    source: str, tokenizer: PreTrainedTokenizerBase, *, window: int, limit: int | None, skip: int
-) -> tuple[list[Pair], str]:
+def audit_pairs(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, window: int) -> tuple[list[Pair], str]:
     """Pairs that fit the reward model's window, and one line that says what was read and left out.
 
     A row that ranks several answers gives its first stated preference only, so that pairs stay independent of each
@@ -23,16 +21,26 @@ def audit_pairs(
     Raises:
         DataError: unreadable data, rows without preferences, or no usable row.
     """
-    data = DataSection(source=source, max_prompt_tokens=window, limit=limit, skip=skip)
+    data = data.model_copy(update={"max_prompt_tokens": window})
     if not is_ranked(data):
         loaded = load_pairs(data, tokenizer, max_tokens=window)
         return loaded.train, str(loaded.report)
-    report = Report(source, open_source(data).unit)
+    report = Report(data.source, open_source(data).unit)
     pairs = list(_first_preferences(data, tokenizer, window, report))
     report.used = len(pairs)
     if not pairs:
         raise DataError(f"{report}; nothing left to audit: use more data or a smaller --skip")
     return pairs, str(report)
+
+
+def selection(data: DataSection) -> str:
+    """A data source in words, with what was set to find and read its rows.
+
+    Example: ``PKU-Alignment/PKU-SafeRLHF (split test, format safe_rlhf_cost)``
+    """
+    given = data.model_dump(exclude_defaults=True, include={"config", "data_dir", "split", "format"})
+    words = ", ".join(f"{name} {value}" for name, value in given.items())
+    return f"{data.source} ({words})" if words else data.source
 
 
 def _first_preferences(

@@ -31,6 +31,8 @@ LAMBDAS = (0.95, 1.0)
 R3HF_BAR = 0.60
 CHANCE_WIDTH = 0.03
 ADVANTAGE_BAR = 0.05
+ENOUGH_RESPONSES = 200
+"""With fewer judged responses, a method that knows nothing is often off 0.5 by more than `CHANCE_WIDTH`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +65,14 @@ class ToyRow:
 class Bar:
     """One bar of the benchmark."""
 
-    holds: bool
+    holds: bool | None
+    """None: too few responses to judge."""
     sentence: str
+
+    @property
+    def label(self) -> str:
+        """In a word or two."""
+        return "not judged" if self.holds is None else "met" if self.holds else "missed"
 
 
 def toy_responses(
@@ -177,28 +185,33 @@ def state_scores(scores: PrefixScores, response_mask: Bool[Tensor, "B T"]) -> Fl
 
 
 def toy_bars(rows: Sequence[ToyRow], advantages: Mapping[str, Mapping[float, float]]) -> list[Bar]:
-    """The bars of the benchmark; methods that should know nothing may be off by chance within their interval."""
+    """The bars of the benchmark, held against the measured values themselves.
+
+    None is judged below `ENOUGH_RESPONSES` responses that have both phrases that helped and phrases that hurt.
+    """
     by_name = {row.method: row.phrase_auc for row in rows}
     r3hf, oracle = by_name["r3hf"], by_name["oracle"]
+    dense, sparse = (advantages[arm][LAMBDAS[0]] for arm in ("r3hf, V = 0", "terminal, V = 0"))
     bars = [
         Bar(r3hf.value >= R3HF_BAR, f"phrase AUC of r3hf is {r3hf}, at least {R3HF_BAR:.2f} wanted"),
         Bar(oracle.value == 1.0, f"phrase AUC of the oracle is {oracle.value:.3f}, exactly 1 wanted"),
-    ]
-    for method in ("uniform", "terminal"):
-        if method in by_name:
-            found = by_name[method]
-            near = found.low <= 0.5 + CHANCE_WIDTH and found.high >= 0.5 - CHANCE_WIDTH
-            wanted = f"0.50 ± {CHANCE_WIDTH:.2f} wanted"
-            bars.append(Bar(near, f"phrase AUC of {method} is {found}, {wanted}"))
-    dense, sparse = (advantages[arm][LAMBDAS[0]] for arm in ("r3hf, V = 0", "terminal, V = 0"))
-    bars.append(
+        *(
+            Bar(
+                abs(by_name[method].value - 0.5) <= CHANCE_WIDTH,
+                f"phrase AUC of {method} is {by_name[method].value:.3f}, 0.50 ± {CHANCE_WIDTH:.2f} wanted",
+            )
+            for method in ("uniform", "terminal")
+        ),
         Bar(
             dense >= sparse + ADVANTAGE_BAR,
             f"first-advantage AUC at lambda {LAMBDAS[0]:g} is {dense:.3f} for r3hf and {sparse:.3f} for terminal with "
             f"a cold critic, {ADVANTAGE_BAR:.2f} more wanted",
-        )
-    )
-    return bars
+        ),
+    ]
+    if r3hf.count >= ENOUGH_RESPONSES:
+        return bars
+    few = f"too few responses: {r3hf.count} that can be judged, {ENOUGH_RESPONSES} needed"
+    return [Bar(None, f"{bar.sentence}; {few}") for bar in bars]
 
 
 def _auc(credit: np.ndarray, gold: np.ndarray) -> float:

@@ -8,31 +8,26 @@ from transformers import PreTrainedTokenizerBase
 from r3hf_ray.audit.answers import Credit, Scored
 from r3hf_ray.audit.cards import spread_out, text_of
 from r3hf_ray.audit.page import Chart, Check, Page, Row, Section, Table
-from r3hf_ray.audit.toy_credit import LAMBDAS, Bar, ToyResponse, ToyRow
+from r3hf_ray.audit.toy_credit import ENOUGH_RESPONSES, LAMBDAS, Bar, ToyResponse, ToyRow
 from r3hf_ray.tracking.cards import KNOWN, KNOWN_NOTE, MARKS, NOTES, OWN_NOTE, card, in_order, mark_of, panel, scale_of
 from r3hf_ray.tracking.summary import Tile
 
 SHOWN = 6
+TONES = {"met": "good", "missed": "bad", "not judged": "plain"}
 Advantages = Mapping[str, Mapping[float, float]]
 
 
 def toy_page(rows: Sequence[ToyRow], advantages: Advantages, bars: Sequence[Bar], *, title: str, about: str) -> Page:
     """The page of the toy benchmark."""
-    missed = [bar for bar in bars if not bar.holds]
     r3hf = next(row for row in rows if row.method == "r3hf")
-    verdict = (
-        f"All {len(bars)} bars are met: r3hf tells phrases that helped from phrases that hurt in "
-        f"{r3hf.phrase_auc.value:.0%} of the cases (50% is chance)."
-        if not missed
-        else f"{len(missed)} of {len(bars)} bars missed: {'; '.join(bar.sentence for bar in missed)}."
-    )
+    verdict, status = _verdict(r3hf, bars)
     dense, sparse = (advantages[arm][LAMBDAS[0]] for arm in ("r3hf, V = 0", "terminal, V = 0"))
     return Page(
         brand="r3hf_ray credit benchmark",
         title=title,
         verdict=verdict,
-        status="bars missed" if missed else "bars met",
-        tone="warn" if missed else "good",
+        status=status,
+        tone="good" if status == "bars met" else "warn",
         about=about,
         marks=MARKS,
         tiles=[
@@ -51,10 +46,7 @@ def toy_page(rows: Sequence[ToyRow], advantages: Advantages, bars: Sequence[Bar]
                 title="Does credit find what earned the reward?",
                 intro="In the toy language the true worth of every word is known. A method is good if, within a "
                 "response, the phrases that helped are paid more than the phrases that hurt.",
-                checks=[
-                    Check("good" if bar.holds else "bad", "met" if bar.holds else "missed", bar.sentence)
-                    for bar in bars
-                ],
+                checks=[Check(TONES[bar.label], bar.label, bar.sentence) for bar in bars],
                 charts=_charts(rows, advantages),
             ),
             Section(
@@ -68,6 +60,23 @@ def toy_page(rows: Sequence[ToyRow], advantages: Advantages, bars: Sequence[Bar]
             Section(id="numbers", title="All numbers", intro="As in credit.json.", tables=_tables(rows, advantages)),
         ],
     )
+
+
+def _verdict(r3hf: ToyRow, bars: Sequence[Bar]) -> tuple[str, str]:
+    """In one sentence, and in two words."""
+    if any(bar.holds is None for bar in bars):
+        count = r3hf.phrase_auc.count
+        return (
+            f"Not judged: too few responses. {count} have both phrases that helped and phrases that hurt, "
+            f"{ENOUGH_RESPONSES} are needed: raise --limit."
+        ), "not judged"
+    missed = [bar.sentence for bar in bars if not bar.holds]
+    if missed:
+        return f"{len(missed)} of {len(bars)} bars missed: {'; '.join(missed)}.", "bars missed"
+    return (
+        f"All {len(bars)} bars are met: r3hf tells phrases that helped from phrases that hurt in "
+        f"{r3hf.phrase_auc.value:.0%} of the cases (50% is chance)."
+    ), "bars met"
 
 
 def toy_cards(

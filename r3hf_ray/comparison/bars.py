@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from r3hf_ray.comparison.records import Record
-from r3hf_ray.comparison.settings import CompareConfig, Expectation
-from r3hf_ray.comparison.statistics import Ratio, Reach, mean_and_spread, paired_ratios
+from r3hf_ray.comparison.settings import CompareConfig, CompareSection, Expectation
+from r3hf_ray.comparison.statistics import Ratio, Reach, mean_and_spread, mean_ratio, paired_ratios
 
 Verdict = Literal["met", "missed", "not run"]
 
@@ -22,6 +22,8 @@ class ArmResult:
     runs: tuple[Record, ...]
     ratios: tuple[Ratio, ...]
     """Samples to the threshold over the baseline's, by seed; empty for the baseline itself."""
+    pairs: int
+    """Seeds that both have finished; those that tell nothing have no ratio."""
 
     @property
     def finished(self) -> tuple[Record, ...]:
@@ -69,6 +71,7 @@ def arm_results(config: CompareConfig, records: Sequence[Record]) -> list[ArmRes
             baseline=arm.name == baseline,
             runs=tuple(record for record in records if record.arm == arm.name),
             ratios=() if arm.name == baseline else tuple(paired_ratios(reached[arm.name], reached[baseline])),
+            pairs=len(set(reached[arm.name]) & set(reached[baseline])),
         )
         for arm in config.arms
     ]
@@ -77,31 +80,32 @@ def arm_results(config: CompareConfig, records: Sequence[Record]) -> list[ArmRes
 def judge_bars(config: CompareConfig, results: Sequence[ArmResult]) -> list[Bar]:
     """Every expectation of the configuration against the finished runs."""
     arms = {result.name: result for result in results}
-    return [_judge(bar, arms, config.compare.threshold) for bar in config.bars]
+    return [_judge(bar, arms, config.compare) for bar in config.bars]
 
 
-def _judge(bar: Expectation, arms: Mapping[str, ArmResult], threshold: float) -> Bar:
-    arm, against = arms[bar.arm], arms[bar.against]
+def _judge(bar: Expectation, arms: Mapping[str, ArmResult], settings: CompareSection) -> Bar:
+    arm, against, goal = arms[bar.arm], arms[bar.against], f"{settings.measured} {settings.threshold:g}"
     if bar.measure == "gold":
-        return _gold(bar, arm, against)
+        return _gold(bar, arm, against, settings.measured)
     ratios = paired_ratios(arm.reached, against.reached)
-    mean = math.fsum(ratio.value for ratio in ratios) / len(ratios) if ratios else math.nan
-    bounds = {ratio.bound for ratio in ratios}
-    if bar.measure == "samples":
-        sentence = f"{bar.arm} reaches gold {threshold:g} in at most {bar.bound:.0%} of the samples of {bar.against}"
-        holds = mean <= bar.bound and ">" not in bounds  # a `<` makes the mean an upper bound, which is enough
-    else:
-        sentence = f"{bar.arm} needs within {bar.bound:.0%} of the samples of {bar.against} to gold {threshold:g}"
-        holds = abs(mean - 1.0) <= bar.bound and bounds == {""}
     shared = set(arm.reached) & set(against.reached)
+    mean, bounds, told = mean_ratio(ratios), {ratio.bound for ratio in ratios}, len(ratios) == len(shared)
+    if bar.measure == "samples":
+        sentence = f"{bar.arm} reaches {goal} in at most {bar.bound:.0%} of the samples of {bar.against}"
+        holds = told and mean <= bar.bound and ">" not in bounds  # `<` makes the mean an upper bound: enough
+    else:
+        sentence = f"{bar.arm} needs within {bar.bound:.0%} of the samples of {bar.against} to {goal}"
+        holds = told and bounds == {""} and abs(math.log(mean)) <= math.log1p(bar.bound) + 1e-9
     if not shared:
         return Bar(sentence=sentence, found="no seed of both has finished", verdict="not run")
-    found = f"mean paired ratio {mean:.2f} ({ratio_text(ratios)})" if ratios else "neither ever got there"
+    found = (
+        f"mean paired ratio {mean:.2f} ({ratio_text(ratios)})" if ratios else "no seed tells: both never, or at once"
+    )
     return Bar(sentence=sentence, found=found, verdict="met" if holds else "missed")
 
 
-def _gold(bar: Expectation, arm: ArmResult, against: ArmResult) -> Bar:
-    sentence = f"final gold of {bar.arm} is not more than {bar.bound:g} below that of {bar.against}"
+def _gold(bar: Expectation, arm: ArmResult, against: ArmResult, measured: str) -> Bar:
+    sentence = f"final {measured} of {bar.arm} is not more than {bar.bound:g} below that of {bar.against}"
     seeds = set(arm.reached) & set(against.reached)
     own, other = (mean_and_spread([r.final_gold for r in a.finished if r.seed in seeds])[0] for a in (arm, against))
     if not (math.isfinite(own) and math.isfinite(other)):

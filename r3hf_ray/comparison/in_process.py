@@ -20,7 +20,7 @@ from r3hf_ray.actor_settings import engine_settings, scoring_settings
 from r3hf_ray.actors.pipeline import RunFailed
 from r3hf_ray.actors.rollout import EngineSettings, RolloutActor
 from r3hf_ray.actors.steps import calibration_of, evaluation_metrics
-from r3hf_ray.comparison.schedules import Schedule, at_step, remixed
+from r3hf_ray.comparison.schedules import Schedule, at_step, check_schedules, remixed
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.models.scoring import Scorer
 from r3hf_ray.plan import Request, minibatch_of, step_requests, stream_requests
@@ -49,13 +49,14 @@ class Workbench:
             DivergenceError: a loss is not finite.
         """
         torch.set_num_threads(config.learner.threads)
+        check_schedules(config, schedules)
         plan = check(config)
         config = plan.config
         _clear(config.run.folder / config.run.name)
         folder, _ = open_run(config, config.run, resume=False)
         metrics, events = JsonlLog(folder / "metrics.jsonl"), JsonlLog(folder / "events.jsonl")
         with metrics, events:
-            events.write({"event": "started", "step": 0, "in_process": True})
+            events.write({"event": "started", "step": 0, "in_process": True, "schedules": list(map(str, schedules))})
             run = _Run(config, schedules, plan, self._engine_for(config, plan), folder)
             for row in run.rows():
                 metrics.write({"time": time.time(), **row})
@@ -87,15 +88,19 @@ class _Run:
         config = self._config
         self._publish()
         self._calibrate()
-        rows = [self._evaluation(0)]
-        for step in range(config.ppo.steps):
-            rows.append(self._step(step))
+        rows, every = [self._evaluation(0)], config.evaluation.every
+        for step in range(1, config.ppo.steps + 1):
+            rows.append(self._step(step - 1))
             self._publish()
-        return [*rows, self._evaluation(config.ppo.steps)]
+            if step == config.ppo.steps or (every and step % every == 0):
+                rows.append(self._evaluation(step))
+        return rows
 
     def _step(self, step: int) -> Row:
         start, rollout = time.perf_counter(), self._config.rollout
         self._learner.config = config = at_step(self._config, self._schedules, step)
+        if any(schedule.field == "ppo.kl_coef" for schedule in self._schedules):
+            self._learner.kl_coef = config.ppo.kl_coef
         scored = self._scored(
             step_requests(
                 self._plan.prompts,
@@ -130,7 +135,7 @@ class _Run:
         if not count:
             return
         requests = stream_requests(self._plan.prompts, count, seed=config.run.seed, stream="calibration")
-        moments = calibration_of([self._scorer.judge(item) for item in self._scored(requests)])
+        moments = calibration_of([self._scorer.judge(item) for item in self._scored(requests)], config)
         for name, (mean, std) in moments.items():
             self._learner.set_scale(RewardScale(mean=mean, scale=std if std > 0 else 1.0), name)
 

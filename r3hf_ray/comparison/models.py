@@ -1,14 +1,16 @@
 """The toy world, initial policy and reward model that all arms share; each part is made once and found again."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from r3hf_ray.comparison.settings import FurtherRewardModel, ToySection
-from r3hf_ray.config import RewardConfig, SFTConfig, load
+from r3hf_ray.config import ConfigError, RewardConfig, SFTConfig, load
 from r3hf_ray.prepare import train_reward, train_sft
 from r3hf_ray.toy.world import make_ranked, make_world
+from r3hf_ray.tracking.run_folder import STAGE_MAY_CHANGE, STAGE_MAY_MOVE, check_run
 
 PROMPT_TOKENS = 16
 """More than a toy prompt has."""
@@ -26,6 +28,11 @@ class ToyPaths:
     def world(self) -> Path:
         """Base model, answers to imitate, prompts."""
         return self.root / "world"
+
+    @property
+    def settings(self) -> Path:
+        """What the world and the preferences were made from."""
+        return self.root / "world.json"
 
     @property
     def ranked(self) -> Path:
@@ -46,6 +53,31 @@ class ToyPaths:
         """Whether all that ``toy`` asks for is made."""
         further = (self.root / model.name / "model" for model in toy.reward_models)
         return all(path.exists() for path in (self.world, self.ranked, self.policy, self.reward_model, *further))
+
+
+WORLD = ("seed", "max_response_tokens", "sft_rows", "train_prompts", "heldout_prompts", "groups", "heldout_pairs")
+"""Fields of `[toy]` that the world and the preferences are made from; `world.json` keeps them."""
+
+
+def check_toy(toy: ToySection, paths: ToyPaths) -> None:
+    """See that what is there was made from these settings; else the page would show settings that made nothing.
+
+    Raises:
+        ConfigError: the world or a model was made from others.
+    """
+    if paths.settings.exists():
+        was = json.loads(paths.settings.read_text())
+        for name in WORLD:
+            if was[name] != dict(toy)[name]:
+                raise ConfigError(
+                    f"toy.{name}: the world in {paths.root} was made with {was[name]!r}, not {dict(toy)[name]!r}; set "
+                    "it back, or give the comparison another run.name"
+                )
+    sft, rewards = stage_configs(toy, paths)
+    stages: list[SFTConfig | RewardConfig] = [sft, *rewards]
+    for stage in stages:
+        if (stage.run.folder / stage.run.name / "model").exists():
+            check_run(stage, stage.run, resume=True, may_change=STAGE_MAY_CHANGE, may_move=STAGE_MAY_MOVE)
 
 
 def toy_overrides(toy: ToySection, paths: ToyPaths) -> list[str]:
@@ -94,9 +126,10 @@ def prepare_toy(toy: ToySection, paths: ToyPaths, console: Console) -> None:
     """Make what is not there yet; needs Ray. A file or folder of that name is whole: it got its name when it was done.
 
     Raises:
-        ConfigError: a stage cannot start.
+        ConfigError: a stage cannot start, or what is there was made from other settings.
         StageError: it failed.
     """
+    check_toy(toy, paths)
     sft, rewards = stage_configs(toy, paths)
     if not paths.world.exists():
         console.print(f"writing the toy world to {paths.world}", markup=False)
@@ -110,6 +143,7 @@ def prepare_toy(toy: ToySection, paths: ToyPaths, console: Console) -> None:
             heldout_prompts=toy.heldout_prompts,
         )
         part.rename(paths.world)
+        paths.settings.write_text(json.dumps({name: dict(toy)[name] for name in WORLD}, indent=1) + "\n")
     made = train_sft(sft, resume=True, note=console.print)
     console.print(f"initial policy: {made.model}  ({made.seconds:.0f} s)", markup=False)
     if not paths.ranked.exists():

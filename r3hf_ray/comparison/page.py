@@ -77,10 +77,14 @@ def comparison_page(config: CompareConfig, results: Sequence[ArmResult], bars: S
                 id="numbers",
                 title="All numbers",
                 intro="As in comparison.md and comparison.json. One seed is a hint, three are little more.",
-                tables=[arm_table(config, results), paired_table(config, results), run_table(results)],
+                tables=[arm_table(config, results), paired_table(config, results), run_table(config, results)],
             ),
         ],
     )
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _tiles(
@@ -95,14 +99,18 @@ def _tiles(
     threshold = config.compare.threshold
     tiles = [
         Tile("Runs finished", f"{done} of {len(runs)}", f"{failed} failed", "bad" if failed else ""),
-        Tile(f"Samples to gold {threshold:g}", samples_text(baseline), f"baseline: {baseline.name}"),
+        Tile(
+            f"Samples to {config.compare.measured} {threshold:g}", samples_text(baseline), f"baseline: {baseline.name}"
+        ),
     ]
     if bars:
         tone = "" if not judged else "good" if met == len(judged) else "bad"
         tiles.append(Tile("Expectations met", f"{met} of {len(judged)}", f"{len(bars) - len(judged)} not run", tone))
     if best:
         seeds = f"{len(best.finished)} seed{'s' if len(best.finished) > 1 else ''}"
-        tiles.append(Tile("Highest final gold", f"{best.final_gold[0]:.2f}", f"{best.name}, {seeds}"))
+        tiles.append(
+            Tile(f"Highest final {config.compare.measured}", f"{best.final_gold[0]:.2f}", f"{best.name}, {seeds}")
+        )
     return tiles
 
 
@@ -131,8 +139,8 @@ def _over_samples(config: CompareConfig, arms: Sequence[ArmResult]) -> Chart:
         for arm in arms
     }
     return Chart(
-        title="Gold reward over samples",
-        unit="gold",
+        title=f"{_capital(config.compare.measured)} over samples",
+        unit=config.compare.measured,
         sentence=f"Mean of {window} training batches. The dashed line is the threshold of the table.",
         kind="lines",
         series=_banded(curves, arms),
@@ -151,10 +159,10 @@ def _over_kl(config: CompareConfig, arms: Sequence[ArmResult]) -> Chart:
         for arm in arms
     }
     return Chart(
-        title="Gold reward over KL",
-        unit="gold",
+        title=f"{_capital(config.compare.measured)} over KL",
+        unit=config.compare.measured,
         sentence=f"What each arm gets for its distance from the reference: both are means of {window} batches, then "
-        "of the steps within one nat. Where all seeds have been.",
+        "of the steps within one nat. Only where all seeds have been; between points nothing was measured.",
         kind="lines",
         series=_banded(curves, arms),
         x_title="KL to the reference [nats a response]",
@@ -187,19 +195,19 @@ def _dots(config: CompareConfig, results: Sequence[ArmResult]) -> list[Chart]:
         return Chart(title=title, sentence=sentence, kind="dots", series=series, y_title=across)
 
     finished = {result.name: result.finished for result in results}
-    threshold = config.compare.threshold
+    threshold, what = config.compare.threshold, config.compare.measured
     charts = [
         chart(
-            f"Samples to gold {threshold:g}",
+            f"Samples to {what} {threshold:g}",
             "Fewer is faster. Seeds that never got there are left out here; the table counts them.",
             {name: [float(r.reached.at) for r in runs if r.reached.at] for name, runs in finished.items()},
             "responses trained on",
         ),
         chart(
-            "Final gold on held-out prompts",
-            "Two identical runs can differ by 0.2 at the end: smaller differences mean nothing.",
+            f"Final {what} on held-out prompts",
+            "Two runs that differ in rounding only can end apart by several SEM: read the paired differences below.",
             {name: [r.final_gold for r in runs] for name, runs in finished.items()},
-            "gold",
+            what,
         ),
     ]
     return [chart for chart in charts if chart.series]

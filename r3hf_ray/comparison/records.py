@@ -79,7 +79,7 @@ def read_record(run: PlannedRun, *, threshold: float, window: int, equal_kl: flo
     """Read a run's folder; a run that is not there has empty curves. ``judge`` is `CompareSection.judge`.
 
     Raises:
-        ValueError: a damaged line inside its records.
+        ConfigError: a damaged line inside its records.
     """
     rows = read_metrics(run.folder)
     name = "gold" if judge is None else f"{judge}/score"
@@ -88,6 +88,7 @@ def read_record(run: PlannedRun, *, threshold: float, window: int, equal_kl: flo
     kl = tuple(row.get(KL, math.nan) for row in steps)
     gold = tuple(row[in_training] for row in steps)
     samples = tuple(int(row[STEP]) * run.config.responses_per_step for row in steps)
+    at = samples_to(threshold, samples, gold, window=window)
     status, reason = _status(run)
     last = rows[-1] if status == "finished" else {}
     return Record(
@@ -99,8 +100,9 @@ def read_record(run: PlannedRun, *, threshold: float, window: int, equal_kl: flo
         gold=gold,
         kl=kl,
         reached=Reach(
-            at=samples_to(threshold, samples, gold, window=window),
+            at=at,
             of=samples[-1] if samples else 0,
+            at_once=at is not None and at == samples[window - 1],
         ),
         final_gold=last.get(f"{at_the_end}/mean", math.nan),
         final_sem=last.get(f"{at_the_end}/sem", math.nan),

@@ -14,11 +14,11 @@ from rich.console import Console
 
 from r3hf_ray.actors.pipeline import RunFailed, sentence_of
 from r3hf_ray.comparison.bars import arm_results, judge_bars
-from r3hf_ray.comparison.models import ToyPaths, prepare_toy, toy_overrides
+from r3hf_ray.comparison.models import ToyPaths, check_toy, prepare_toy, toy_overrides
 from r3hf_ray.comparison.page import write_comparison
 from r3hf_ray.comparison.records import PlannedRun, Record, is_finished, read_record
-from r3hf_ray.comparison.schedules import parse_schedule
-from r3hf_ray.comparison.screen import screened
+from r3hf_ray.comparison.schedules import Schedule, check_schedules, parse_schedule
+from r3hf_ray.comparison.screen import check_in_process, screened
 from r3hf_ray.comparison.settings import CompareConfig
 from r3hf_ray.config import ConfigError, PPOConfig, load
 from r3hf_ray.driver import ray_session, run_ppo, with_absolute_models
@@ -42,13 +42,18 @@ def compare(config: CompareConfig, *, only: Sequence[str], report_only: bool, co
         1 if a run failed in this call, else 0; a missed expectation is a result, not a failure.
 
     Raises:
-        ConfigError: the comparison, its job or an arm's settings cannot be used; nothing was started.
+        ConfigError: the comparison, its job or an arm's settings cannot be used, or what it has done so far was done
+            with others; nothing was started.
         StageError: the shared models could not be trained.
     """
     plan = plan_runs(config)
     unknown = sorted(set(only) - {arm.name for arm in config.arms})
     if unknown:
         raise ConfigError(f"--only: no arm is called {', '.join(unknown)}; there are {_names(config)}")
+    if config.toy:
+        check_toy(config.toy, ToyPaths(root_of(config)))
+    for run in plan:
+        check_record(config, run)
     chosen = [run for run in plan if not only or run.arm in only]
     failed = [] if report_only else _run_missing(config, chosen, plan, console)
     page = report(config, plan, console)
@@ -87,6 +92,7 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
             raise ConfigError(f"arm {arm.name}: {error}") from None
         ppo = with_absolute_models(ppo)  # as a run's config.toml has it
         schedules = tuple(map(parse_schedule, arm.schedules))
+        _check_arm(config, arm.name, ppo, schedules)
         runs.append(PlannedRun(arm=arm.name, seed=seed, config=ppo, schedules=schedules))
     return runs
 
@@ -125,7 +131,7 @@ def _run_missing(
     config: CompareConfig, chosen: Sequence[PlannedRun], plan: Sequence[PlannedRun], console: Console
 ) -> list[PlannedRun]:
     """Run what has not finished; returns what failed. The page is written again after every run."""
-    waiting = [run for run in chosen if not _is_done(run)]
+    waiting = [run for run in chosen if not is_finished(run)]
     console.print(f"{len(chosen) - len(waiting)} of {len(chosen)} runs are finished; {len(waiting)} to go")
     failed: list[PlannedRun] = []
     if not waiting:
@@ -171,16 +177,45 @@ def _run_one(run: PlannedRun, console: Console) -> dict[str, Any]:
     return outcome | {"seconds": round(time.monotonic() - start, 1)}
 
 
-def _is_done(run: PlannedRun) -> bool:
-    """Whether it is finished, with the settings that are asked for now.
+def _check_arm(config: CompareConfig, arm: str, ppo: PPOConfig, schedules: tuple[Schedule, ...]) -> None:
+    judge, weights = config.compare.judge, {further.name: further.weight for further in ppo.model.rewards}
+    try:
+        if judge is None and ppo.reward.gold is None:
+            raise ConfigError("nothing tells the arms apart: set reward.gold in the job, or compare.judge")
+        if judge is not None and weights.get(judge) != 0.0:
+            raise ConfigError(f"compare.judge = {judge} must be one of [[model.rewards]] with weight 0")
+        if config.compare.in_process:
+            check_in_process(ppo)
+        check_schedules(ppo, schedules)
+    except ConfigError as error:
+        raise ConfigError(f"arm {arm}: {error}") from None
+
+
+def check_record(config: CompareConfig, run: PlannedRun) -> None:
+    """See that a finished run is the one that is asked for now; else the page would call it what it is not.
 
     Raises:
-        ConfigError: a finished run had other settings; the page would call it what it is not.
+        ConfigError: it had other settings, another schedule, or was run in the other way.
     """
     if not is_finished(run):
-        return False
-    check_run(run.config, run.config.run, resume=True, may_change=PPO_MAY_CHANGE)
-    return True
+        return
+    events = read_jsonl(run.folder / "events.jsonl")
+    started = next((event for event in events if event["event"] == "started"), {})
+    own = (bool(config.compare.in_process), list(map(str, run.schedules)))
+    was = (bool(started.get("in_process", False)), started.get("schedules", []))
+    if was != own:
+        raise ConfigError(
+            f"{run.folder}: was {_way(*was)} and is now to be {_way(*own)}; set it back, remove it, or call the "
+            "arm or the comparison something else"
+        )
+    may_change = PPO_MAY_CHANGE - {"ppo.steps", "evaluation"}
+    if run.config.critic.init == "auto":  # the run wrote down what that came to, which follows from the models
+        may_change |= {"critic.init"}
+    check_run(run.config, run.config.run, resume=True, may_change=may_change)
+
+
+def _way(in_process: bool, schedules: Sequence[str]) -> str:
+    return ("screened" if in_process else "run by the system") + (f" with {', '.join(schedules)}" if schedules else "")
 
 
 def _names(config: CompareConfig) -> str:

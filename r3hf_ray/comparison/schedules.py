@@ -22,6 +22,9 @@ class Schedule:
     first: float
     last: float
 
+    def __str__(self) -> str:
+        return f"{self.field}={self.first:g}:{self.last:g}"
+
     def value(self, step: int, steps: int) -> float:
         """At ``step``, from 0."""
         return self.first + (self.last - self.first) * step / max(1, steps - 1)
@@ -41,6 +44,25 @@ def parse_schedule(text: str) -> Schedule:
         return Schedule(field=field, first=float(first), last=float(last))
     except ValueError:
         raise ConfigError(f"schedules: {text!r} is not of the form {field}=FIRST:LAST") from None
+
+
+def check_schedules(config: PPOConfig, schedules: tuple[Schedule, ...]) -> None:
+    """See that a run of ``config`` can follow them.
+
+    Raises:
+        ConfigError: it could not, or would silently become another method.
+    """
+    fields, reward = {schedule.field for schedule in schedules}, config.reward
+    plain = reward.mode in ("r3hf", "segment") and reward.beta_c == 1.0 and reward.eos_jump == "keep"
+    if "reward.beta_c" in fields and not (plain and not any(further.weight for further in config.model.rewards)):
+        raise ConfigError(
+            "schedules: reward.beta_c is remixed from rewards at 1: it needs reward.mode = r3hf or segment, "
+            "reward.beta_c = 1, reward.eos_jump = keep, and no further model that is paid"
+        )
+    if "reward.beta_c" in fields and config.model.cost is not None:
+        raise ConfigError("schedules: reward.beta_c cannot move beside a cost model")
+    if "ppo.kl_coef" in fields and config.ppo.kl_target is not None:
+        raise ConfigError("schedules: ppo.kl_coef cannot move while ppo.kl_target adapts it")
 
 
 def at_step(config: PPOConfig, schedules: tuple[Schedule, ...], step: int) -> PPOConfig:

@@ -23,7 +23,7 @@ class CompareSection(Section):
     baseline: str
     """The arm that samples are counted against, seed by seed."""
     threshold: float
-    """Gold reward of the training batches that is to be reached."""
+    """Gold reward of the training batches that is to be reached; above where the arms begin, below where they end."""
     judge: str | None = None
     """Name of one of the job's `[[model.rewards]]`, with weight 0, whose score takes the place of gold reward."""
     window: Positive = 5
@@ -33,6 +33,16 @@ class CompareSection(Section):
     process with one learner rank, where no failure is survived. [processes]"""
     equal_kl: PositiveFloat = 6.5
     """Gold reward is also told for the steps whose KL is within 20% of this. [nats a response]"""
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        return _different(seeds)
+
+    @property
+    def measured(self) -> str:
+        """What the arms are compared by, in words."""
+        return "gold" if self.judge is None else f"score of {self.judge}"
 
 
 class FurtherRewardModel(Section):
@@ -75,6 +85,15 @@ class ToySection(Section):
     reward_models: tuple[FurtherRewardModel, ...] = ()
     """Further ones, for arms that read several."""
 
+    @field_validator("reward_models")
+    @classmethod
+    def _own_folders(cls, models: tuple[FurtherRewardModel, ...]) -> tuple[FurtherRewardModel, ...]:
+        names = [model.name for model in models]
+        taken = sorted({name for name in names if name in ("world", "sft", "reward") or names.count(name) > 1})
+        if taken:
+            raise ValueError(f"each needs a folder of its own, not world, sft or reward; change {', '.join(taken)}")
+        return models
+
 
 class Arm(Section):
     """One way to train."""
@@ -95,6 +114,11 @@ class Arm(Section):
     @classmethod
     def _not_the_run(cls, overrides: tuple[str, ...]) -> tuple[str, ...]:
         return _without_run(overrides)
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        return _different(seeds)
 
 
 class Expectation(Section):
@@ -146,6 +170,15 @@ class CompareConfig(Command):
         if unknown:
             raise ValueError(f"no arm is called {', '.join(unknown)}; there are {', '.join(names)}")
         return self
+
+
+def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+    if twice:
+        raise ValueError(
+            f"each seed once: {', '.join(map(str, twice))} is there again, and would be one run counted twice"
+        )
+    return seeds
 
 
 def _without_run(overrides: tuple[str, ...]) -> tuple[str, ...]:

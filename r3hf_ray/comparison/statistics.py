@@ -32,7 +32,8 @@ class Ratio:
     seed: int
     value: float
     bound: Literal["", ">", "<"] = ""
-    """`>`: the arm never got there, so the ratio is above `value`; `<`: the other one never did."""
+    """`>`: the ratio is above `value`, since the arm never got there or the other one was there at once; `<`: below,
+    since the other one never did or the arm was there at once."""
 
     def __str__(self) -> str:
         return f"{self.bound}{self.value:.2f}"
@@ -69,6 +70,8 @@ class Reach:
     """Samples up to and with the step whose trailing mean was there."""
     of: int
     """Samples of the whole run."""
+    at_once: bool = False
+    """There in the first window already, so that `at` says how long the window is and nothing of the speed."""
 
 
 def trailing_mean(values: Sequence[float], window: int) -> list[float]:
@@ -100,21 +103,18 @@ def band(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Band:
 
 
 def by_cell(x: Sequence[float], y: Sequence[float], *, width: float) -> tuple[list[float], list[float]]:
-    """Mean y in cells of x, at the cells' middles, with straight lines over empty cells between others.
+    """Mean y in cells of x, at the cells' middles; a cell without a point is left out.
 
     It makes curves over KL, which does not grow evenly, comparable between runs.
 
-    Example: ``by_cell([0.1, 0.3, 2.5], [1, 3, 6], width=1) == ([0.5, 1.5, 2.5], [2, 4, 6])``
+    Example: ``by_cell([0.1, 0.3, 2.5], [1, 3, 6], width=1) == ([0.5, 2.5], [2, 6])``
     """
     cells: dict[int, list[float]] = {}
     for position, value in zip(x, y, strict=True):
         cells.setdefault(math.floor(position / width), []).append(value)
-    if not cells:
-        return [], []
     numbers = sorted(cells)
-    every = list(range(numbers[0], numbers[-1] + 1))
-    means = np.interp(every, numbers, [math.fsum(cells[number]) / len(cells[number]) for number in numbers])
-    return [(number + 0.5) * width for number in every], [float(mean) for mean in means]
+    means = [math.fsum(cells[number]) / len(cells[number]) for number in numbers]
+    return [(number + 0.5) * width for number in numbers], means
 
 
 def mean_near(x: Sequence[float], y: Sequence[float], *, at: float, within: float) -> float:
@@ -145,14 +145,24 @@ def paired_difference(arm: Mapping[int, float], against: Mapping[int, float]) ->
 
 
 def paired_ratios(arm: Mapping[int, Reach], against: Mapping[int, Reach]) -> list[Ratio]:
-    """Ratio of samples to the threshold for each seed that both have; a seed where neither got there has none."""
-    found = []
-    for seed in sorted(set(arm) & set(against)):
-        own, other = arm[seed], against[seed]
-        if own.at is not None and other.at is not None:
-            found.append(Ratio(seed=seed, value=own.at / other.at))
-        elif other.at is not None:
-            found.append(Ratio(seed=seed, value=own.of / other.at, bound=">"))
-        elif own.at is not None:
-            found.append(Ratio(seed=seed, value=own.at / other.of, bound="<"))
-    return found
+    """Ratio of samples to the threshold for each seed that both have; a seed that tells nothing has none."""
+    pairs = ((seed, arm[seed], against[seed]) for seed in sorted(set(arm) & set(against)))
+    return [ratio for seed, own, other in pairs if (ratio := _ratio(seed, own, other))]
+
+
+def _ratio(seed: int, own: Reach, other: Reach) -> Ratio | None:
+    value = (own.at or own.of) / (other.at or other.of)
+    above, below = own.at is None or other.at_once, other.at is None or own.at_once
+    if above and below:  # neither ever got there, or both at once
+        return None
+    return Ratio(seed=seed, value=value, bound=">" if above else "<" if below else "")
+
+
+def mean_ratio(ratios: Sequence[Ratio]) -> float:
+    """Geometric mean, so that it does not matter which arm is named first; NaN without any, or with bounds both ways.
+
+    Example: 2 and 0.5 have the mean 1.
+    """
+    if not ratios or {ratio.bound for ratio in ratios} >= {"<", ">"}:
+        return math.nan
+    return math.exp(math.fsum(math.log(ratio.value) for ratio in ratios) / len(ratios))

@@ -9,33 +9,41 @@ from r3hf_ray.audit.page import Row, Table
 from r3hf_ray.comparison.bars import ArmResult, Bar
 from r3hf_ray.comparison.records import Record
 from r3hf_ray.comparison.settings import CompareConfig
-from r3hf_ray.comparison.statistics import mean_and_spread, paired_difference
+from r3hf_ray.comparison.statistics import mean_and_spread, mean_ratio, paired_difference
 
 NOTHING = "–"
 
 
 def arm_table(config: CompareConfig, results: Sequence[ArmResult]) -> Table:
     """One row an arm, means over its finished seeds."""
-    settings = config.compare
+    settings, what = config.compare, config.compare.measured
     return Table(
         title="Arms",
         head=[
             *("arm", "seeds", f"samples to {settings.threshold:g}", f"of {settings.baseline}, paired"),
-            *("final gold", "SEM", f"gold at KL {settings.equal_kl:g}", "gold, whole run", "KL", "length", "EOS"),
+            *(
+                f"final {what}",
+                "SEM",
+                f"{what} at KL {settings.equal_kl:g}",
+                f"{what}, whole run",
+                "KL",
+                "length",
+                "EOS",
+            ),
         ],
         rows=[Row(_arm_cells(result), quiet=not result.finished) for result in results],
-        note=f"Samples: responses trained on until the mean gold of {settings.window} training batches was at the "
-        "threshold. Paired: mean of that number over the baseline's, seed by seed; > and < where one of the two never "
-        "got there. Final gold: held-out prompts, mean ± standard deviation over seeds; SEM is the error of measuring "
-        f"it. Gold at KL: steps within 20% of {settings.equal_kl:g} nats a response. KL: mean of the last 5 steps. "
-        "Grey rows have not finished.",
+        note=f"Samples: responses trained on until the mean {what} of {settings.window} training batches was at the "
+        "threshold; at once: in the first window already. Paired: geometric mean of that number over the baseline's, "
+        "seed by seed; > and < are bounds, where one of the two never got there or was there at once. Final: held-out "
+        "prompts, mean ± standard deviation over seeds; SEM is the error of measuring it. At KL: steps within 20% of "
+        f"{settings.equal_kl:g} nats a response. KL: mean of the last 5 steps. Grey rows have not finished.",
     )
 
 
 PAIRED: dict[str, Callable[[Record], float]] = {
-    "final gold": lambda run: run.final_gold,
-    "gold, whole run": lambda run: run.mean_gold,
-    "gold at equal KL": lambda run: run.gold_at_kl,
+    "at the end": lambda run: run.final_gold,
+    "whole run": lambda run: run.mean_gold,
+    "at equal KL": lambda run: run.gold_at_kl,
     "final KL": lambda run: run.final_kl,
     "final EOS": lambda run: run.final_eos,
 }
@@ -53,17 +61,18 @@ def paired_table(config: CompareConfig, results: Sequence[ArmResult]) -> Table:
             for result in results
             if not result.baseline
         ],
-        note="Mean over seeds ± its standard error, and with how many seeds the arm is higher. Few seeds say little, "
-        "and seeds that share their models say nothing about other models. "
+        note=f"The first three: {config.compare.measured}. Mean over seeds ± its standard error; with how many seeds "
+        "the arm is higher. Few seeds say little, and seeds that share their models say nothing about other models. "
         f"Equal KL: {config.compare.equal_kl:g} nats a response, within 20%.",
     )
 
 
-def run_table(results: Sequence[ArmResult]) -> Table:
+def run_table(config: CompareConfig, results: Sequence[ArmResult]) -> Table:
     """One row a run."""
+    final = f"final {config.compare.measured}"
     return Table(
         title="Runs",
-        head=["run", "status", "samples", "to threshold", "paired ratio", "final gold", "KL", "length", "EOS", "note"],
+        head=["run", "status", "samples", "to threshold", "paired ratio", final, "KL", "length", "EOS", "note"],
         rows=[
             Row(_run_cells(result, run), quiet=run.status != "finished") for result in results for run in result.runs
         ],
@@ -76,7 +85,7 @@ SCREENED = ", screened: each run in one process, with the system's engine, score
 
 def markdown(config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[Bar], *, written: str) -> str:
     """The tables and expectations as a Markdown page."""
-    tables = [arm_table(config, results), paired_table(config, results), run_table(results)]
+    tables = [arm_table(config, results), paired_table(config, results), run_table(config, results)]
     parts = [
         f"# {config.run.name}",
         summary(config, results, bars),
@@ -118,7 +127,10 @@ def samples_text(result: ArmResult) -> str:
     """Mean samples to the threshold, or how many seeds got there."""
     if not result.finished:
         return NOTHING
-    there = sum(reach.at is not None for reach in result.reached.values())
+    reached = result.reached.values()
+    there = sum(reach.at is not None for reach in reached)
+    if all(reach.at_once for reach in reached):
+        return "at once"
     if there == len(result.finished):
         return f"{result.samples:.0f}"
     return f"{there} of {len(result.finished)} seeds" if there else "never"
@@ -127,6 +139,7 @@ def samples_text(result: ArmResult) -> str:
 def _arm_cells(result: ArmResult) -> list[str]:
     done = result.finished
     gold, spread = result.final_gold
+    near = [run.gold_at_kl for run in done if math.isfinite(run.gold_at_kl)]
     error = math.sqrt(math.fsum(run.final_sem**2 for run in done)) / len(done) if done else math.nan
     return [
         result.name,
@@ -135,12 +148,16 @@ def _arm_cells(result: ArmResult) -> list[str]:
         _ratio(result),
         _number(gold) + (f" ± {spread:.2f}" if math.isfinite(spread) else ""),
         _number(error),
-        _number(_mean([run.gold_at_kl for run in done])),
+        _number(_mean(near)) + (_of(len(near), len(done)) if near else ""),
         _number(_mean([run.mean_gold for run in done])),
         _number(_mean([run.final_kl for run in done]), 1),
         _number(_mean([run.final_length for run in done]), 1),
         _number(_mean([run.final_eos for run in done])),
     ]
+
+
+def _of(known: int, all_of_them: int) -> str:
+    return "" if known == all_of_them else f" ({known} of {all_of_them})"
 
 
 def _difference(arm: ArmResult, baseline: ArmResult, value: Callable[[Record], float]) -> str:
@@ -151,8 +168,11 @@ def _difference(arm: ArmResult, baseline: ArmResult, value: Callable[[Record], f
 def _ratio(result: ArmResult) -> str:
     if result.baseline:
         return "baseline"
-    bounds = "".join(sorted({ratio.bound for ratio in result.ratios}))
-    return bounds + _number(_mean([ratio.value for ratio in result.ratios]))
+    mean = mean_ratio(result.ratios)
+    if not math.isfinite(mean):
+        return NOTHING
+    bounds = "".join({ratio.bound for ratio in result.ratios})
+    return bounds + _number(mean) + _of(len(result.ratios), result.pairs)
 
 
 def _run_cells(result: ArmResult, run: Record) -> list[str]:

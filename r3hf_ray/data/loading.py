@@ -164,7 +164,7 @@ def _load(data: DataSection, convert: Callable[[int, Record], T]) -> Loaded[T]:
     report = Report(source.name, source.unit)
     end = None if data.limit is None else data.skip + data.limit
     usable = list(islice(_usable(data, source, convert, report), end))[data.skip :]
-    train = usable[: len(usable) - data.heldout]
+    train = usable[: max(0, len(usable) - data.heldout)]
     report.used = len(usable)
     if not train:
         raise DataError(

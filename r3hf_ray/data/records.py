@@ -131,6 +131,8 @@ def _tldr_pairs(row: Mapping[str, Any]) -> Record:
     if "summaries" not in row:
         return _preference(row)
     info = row["info"]
+    if not isinstance(info, dict):
+        raise TypeError(f"info: expected an object, got {type(info).__name__}")
     parts = [("SUBREDDIT: r/", "subreddit"), ("TITLE: ", "title"), ("POST: ", "post")]
     lines = [f"{label}{_text(info[field]).strip()}" for label, field in parts if info.get(field)]
     if not info.get("post"):
@@ -147,15 +149,22 @@ def _nectar(row: Mapping[str, Any]) -> Record:
 
 
 def _ranked(row: Mapping[str, Any]) -> Record:
-    answers = [_text(response) for response in row["responses"]]
+    answers = [_text(response) for response in _list(row, "responses")]
     if "pairs" in row:
-        pairs = [(int(winner), int(loser)) for winner, loser in row["pairs"]]
-        if any(not 0 <= i < len(answers) for pair in pairs for i in pair):
-            raise TypeError(f"a pair names a response outside 0..{len(answers) - 1}")
+        pairs = [_pair(pair, len(answers)) for pair in _list(row, "pairs")]
     else:
-        scores = [float(score) for score in row["scores"]]
+        scores = [_number(score) for score in _list(row, "scores")]
+        if len(scores) != len(answers):
+            raise TypeError(f"{len(scores)} scores of {len(answers)} responses")
         pairs = [(i, j) for i in range(len(answers)) for j in range(len(answers)) if scores[i] > scores[j]]
     return Record(_messages(row["prompt"]), answers, pairs)
+
+
+def _pair(value: Any, answers: int) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2 or any(index not in range(answers) for index in value):
+        raise TypeError(f"a pair is {value!r}, not [preferred, other] with indices into 0..{answers - 1}")
+    preferred, other = value
+    return int(preferred), int(other)
 
 
 def _of_two(prompt: Any, answers: list[str], preferred: Any) -> Record:
@@ -210,6 +219,18 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected text, got {type(value).__name__}")
     return value
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float):
+        raise TypeError(f"a score is {value!r}, not a number")
+    return float(value)
+
+
+def _list(row: Mapping[str, Any], field: str) -> list[Any]:
+    if not isinstance(row[field], list):
+        raise TypeError(f"{field}: expected a list, got {type(row[field]).__name__}")
+    return list(row[field])
 
 
 def _opens_dialogue(text: str) -> bool:

@@ -103,6 +103,11 @@ def _table(path: Path) -> datasets.Dataset:
 def _hub_rows(data: DataSection) -> datasets.Dataset:
     try:
         return datasets.load_dataset(data.source, name=data.config, data_dir=data.data_dir, split=data.split)
+    except RuntimeError as error:  # "Dataset scripts are no longer supported, but found ...": `datasets` 5 runs none
+        raise DataError(
+            f"data.source: hub dataset {data.source!r} cannot be loaded: {' '.join(str(error).split())}; name one that "
+            "holds its rows as files (parquet, JSON, CSV), or a local file of them"
+        ) from None
     except (
         datasets.exceptions.DatasetsError,
         HfHubHTTPError,

@@ -118,8 +118,8 @@ def untrained_reward_model(source: str | Path, *, head: str) -> PreTrainedModel:
         wanted = 'set reward_training.head = "running_sum", or name another base'
         raise ModelError(f"{source}: a reward model whose head is a running sum; {wanted}")
     if sums or head == "last_token":
-        return AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype=torch.float32)
-    trunk = AutoModel.from_pretrained(source, dtype=torch.float32)
+        return _weights(AutoModelForSequenceClassification, source, "base model", num_labels=1, dtype=torch.float32)
+    trunk = _weights(AutoModel, source, "base model", dtype=torch.float32)
     config = RunningSumConfig(text_config=trunk.config, attn_implementation=trunk.config._attn_implementation)
     with torch.device("meta"):
         model = RunningSumForSequenceClassification(config)
@@ -201,18 +201,18 @@ def ensure_distinct_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMod
         generation.pad_token_id = tokenizer.pad_token_id
 
 
-def check_same_vocabulary(policy_tokenizer: PreTrainedTokenizerBase, reward_tokenizer: PreTrainedTokenizerBase) -> None:
-    """The reward model and the reference score the sampled ids, so the ids must mean the same to all.
+def check_same_vocabulary(policy_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The frozen reference, and an audited reward model, read the sampled ids, which must mean the same to them.
 
     Raises:
         ModelError: the vocabularies differ.
     """
-    ours, theirs = policy_tokenizer.get_vocab(), reward_tokenizer.get_vocab()
+    ours, theirs = policy_tokenizer.get_vocab(), tokenizer.get_vocab()
     if ours != theirs:
         different = sum(theirs.get(token) != index for token, index in ours.items()) + len(theirs.keys() - ours.keys())
         raise ModelError(
-            f"{reward_tokenizer.name_or_path}: its vocabulary differs from the policy's in {different} tokens; "
-            "use a reward model trained from the same base"
+            f"{tokenizer.name_or_path}: its vocabulary differs from the policy's in {different} tokens; "
+            "use a model trained from the same base"
         )
 
 
@@ -255,16 +255,24 @@ def _load(
     auto_class: Any, source: str | Path, dtype: torch.dtype, kind: str, attention: str = "sdpa"
 ) -> PreTrainedModel:
     check_folder(source, kind)
-    try:
-        model, report = auto_class.from_pretrained(
-            source, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: cannot be loaded as {kind}: {_first_line(error)}") from error
+    options = {"attn_implementation": attention, "use_safetensors": True, "output_loading_info": True}
+    model, report = _weights(auto_class, source, kind, dtype=dtype, **options)
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise ModelError(f"{source}: no trained weights for {missing}, so it is no {kind}; name a folder that has them")
     return model.eval()
+
+
+def _weights(auto_class: Any, source: str | Path, kind: str, **options: Any) -> Any:
+    """What ``from_pretrained`` gives.
+
+    Raises:
+        ModelError: it gives nothing; its reason, one line.
+    """
+    try:
+        return auto_class.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source}: cannot be loaded as {kind}: {_first_line(error)}") from error
 
 
 def _spare_special_token(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> str | None:

@@ -85,6 +85,8 @@ class ReaderSettings:
     """`reward.mode`: `abc` reads attention, and some modes read no prefix at all."""
     dtype: torch.dtype
     device: str
+    longest: int | None = None
+    """Longest row that can come, with what is read behind it; None: not known. [tokens]"""
 
 
 MakeReader = Callable[[ReaderSettings], Reader]

@@ -17,7 +17,8 @@ from r3hf_ray.models.method_inputs import Evidence, method_of
 from r3hf_ray.models.readers import Aligned, MakeReader, Reader, ReaderSettings, Reading, SameIds, Sampled
 from r3hf_ray.models.translation import Translation, Translator
 from r3hf_ray.models.user_functions import user_function
-from r3hf_ray.types import COST, MAIN, ComponentScores, Failure, Finish, ScoredTrajectory, ScoreInfo, Trajectory
+from r3hf_ray.sections.models import field_of
+from r3hf_ray.types import MAIN, ComponentScores, Failure, Finish, ScoredTrajectory, ScoreInfo, Trajectory
 
 Gold = Callable[[str, str], float]
 """An independent judge: (prompt text, response text), special tokens kept -> score."""
@@ -36,6 +37,8 @@ class RewardModel:
     """Read behind EOS, before pooling."""
     translation: Translation | None = None
     """Where it reads other ids than the policy's."""
+    longest: int | None = None
+    """Longest prompt + response of a run in its tokens, estimated where it reads a translation. [tokens]"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +47,8 @@ class ScoringSettings:
 
     reward_model: str
     reference: str
-    """Its tokenizer, the policy's, spells responses."""
+    tokenizer: str
+    """Folder or hub name of the policy's, which spells what was sampled."""
     temperature: float
     mode: str = "r3hf"
     beta_c: float = 1.0
@@ -57,8 +61,9 @@ class ScoringSettings:
     segment_ngram: int = 5
     segment_entropy: float = 1.75
     suffix_ids: tuple[int, ...] = ()
-    """Of `reward_model`, as the next one."""
+    """Of `reward_model`, as the next two."""
     translation: Translation | None = None
+    longest: int | None = None
     further: Mapping[str, RewardModel] = field(default_factory=dict)
     """Reward models besides `reward_model`, by name; each is redistributed in the same way."""
     dtype: str = "float32"
@@ -69,7 +74,12 @@ class ScoringSettings:
     @property
     def models(self) -> dict[str, RewardModel]:
         """Every reward model by name, the main one first."""
-        main = RewardModel(source=self.reward_model, suffix_ids=self.suffix_ids, translation=self.translation)
+        main = RewardModel(
+            source=self.reward_model,
+            suffix_ids=self.suffix_ids,
+            translation=self.translation,
+            longest=self.longest,
+        )
         return {MAIN: main, **self.further}
 
 
@@ -87,11 +97,11 @@ class Scorer:
             segment_by=settings.segment_by,
             segment_ngram=settings.segment_ngram,
             segment_entropy=settings.segment_entropy,
-            tokenizer=settings.reference,
+            tokenizer=settings.tokenizer,
         )
         self._needs_entropy = settings.mode == "segment" and settings.segment_by == "entropy"
         self._gold = load_gold(settings.gold) if settings.gold else None
-        self._tokenizer = load_tokenizer(settings.reference) if settings.gold else None
+        self._tokenizer = load_tokenizer(settings.tokenizer) if settings.gold else None
 
     @torch.no_grad()
     def score(self, trajectories: Sequence[Trajectory]) -> list[ScoredTrajectory | Failure]:
@@ -146,7 +156,7 @@ class Scorer:
             length = len(trajectory.token_ids)
             parts = {name: _component(rewards[name][row, :length], scores[name], row) for name in readings}
             logprobs = ref[row, :length].numpy().copy()
-            reason = _refusal(readings, row) or _not_finite(parts, logprobs)
+            reason = _refusal(readings, row) or _not_finite(parts, logprobs, lender=self._settings.prefixes_from)
             if reason:
                 yield Failure(prompt_id=trajectory.prompt_id, sample=trajectory.sample, stage="score", reason=reason)
             else:
@@ -191,18 +201,20 @@ def load_gold(name: str) -> Gold:
 def _reader(model: RewardModel, settings: ScoringSettings, dtype: torch.dtype, make_reader: MakeReader) -> Reader:
     """A reader of what `model` reads; where that is a translation, the end of an answer comes from it too."""
     translation = model.translation
+    behind = (*(translation.end_ids if translation else ()), *model.suffix_ids)
     reader = make_reader(
         ReaderSettings(
             source=model.source,
-            suffix_ids=(*(translation.end_ids if translation else ()), *model.suffix_ids),
+            suffix_ids=behind,
             mode=settings.mode,
             dtype=dtype,
             device=settings.device,
+            longest=None if model.longest is None else model.longest + len(behind),
         )
     )
     if translation is None:
         return reader
-    return Aligned(reader, Translator(translation, load_tokenizer(settings.reference), load_tokenizer(model.source)))
+    return Aligned(reader, Translator(translation, load_tokenizer(settings.tokenizer), load_tokenizer(model.source)))
 
 
 def _on_cpu(scores: PrefixScores) -> PrefixScores:
@@ -227,20 +239,18 @@ def _refusal(readings: Mapping[str, Reading], row: int) -> str:
     return "; ".join(reasons)
 
 
-def _not_finite(parts: Mapping[str, ComponentScores], ref_logprobs: np.ndarray) -> str:
-    """Which number is not finite, as a sentence; empty where all are."""
+def _not_finite(parts: Mapping[str, ComponentScores], ref_logprobs: np.ndarray, *, lender: str | None) -> str:
+    """Which number is not finite, as a sentence; empty where all are.
+
+    The ``lender`` of prefix scores is looked at first, since its numbers are in the main model's rewards too.
+    """
     what = [
         f"{field_of(name)} gives a score (R(x, y) {part.score:g})"
-        for name, part in parts.items()
+        for name, part in sorted(parts.items(), key=lambda item: item[0] != lender)
         if not (math.isfinite(part.score) and np.isfinite(part.token_rewards).all())
     ]
     what += [] if np.isfinite(ref_logprobs).all() else ["the reference gives a logprob"]
     return f"{what[0]} that is not finite: check its weights, or load it in another dtype" if what else ""
-
-
-def field_of(name: str) -> str:
-    """What a reward model is called in the configuration."""
-    return {MAIN: "model.reward_model", COST: "model.cost"}.get(name, f"model.rewards {name}")
 
 
 def _scored(

@@ -9,7 +9,7 @@ it might have made others. Scores are still taken only where no character to com
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -69,6 +69,9 @@ class Translator:
     ) -> None:
         """Take the reward model's ``tokenizer`` without its post-processor, which trims spaces off the offsets.
 
+        Its control tokens are read in what its format puts before an answer and nowhere else: in an answer they are
+        letters that the policy has written, or it could end its turn and speak as the user.
+
         Raises:
             ModelError: it gives no character offsets.
         """
@@ -86,6 +89,11 @@ class Translator:
         self._encoder.post_processor = None
         self._encoder.no_truncation()
         self._encoder.no_padding()
+        special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = list(special)
+        control, self._before = _behind_last(special.values(), translation.before)
+        self._control = self._encode(control).ids
+        self._encoder.encode_special_tokens = True
 
     def prompt(self, token_ids: np.ndarray) -> Int32[np.ndarray, "Q"]:
         """The reward model's ids of a prompt.
@@ -108,13 +116,16 @@ class Translator:
         if self._keeps_ids:
             kept = np.minimum(np.arange(len(token_ids)), len(spoken) - 1)
             return Retold(token_ids=np.asarray(spoken, np.int32), boundary=kept, loss=0.0)
-        before, policy_before = self.translation.before, self.translation.policy_before
+        before, policy_before = self._before, self.translation.policy_before
         text, ends = spell(self._decode, spoken)
         ends = [*ends, len(text)] if finished else [*ends[:-1], len(text)]
         dropped = len(policy_before) if text.startswith(policy_before) else 0
         read = self._encode(before + text[dropped:])
-        ids = np.asarray(read.ids, np.int32)
-        reader_ends = np.asarray([end for _, end in read.offsets], np.int64)
+        said = np.asarray(read.ids, np.int32)
+        if self._unknown is not None:  # vocabularies of words or pieces hold control tokens among them
+            said[np.isin(said, self._special)] = self._unknown
+        ids = np.concatenate([np.asarray(self._control, np.int32), said])
+        reader_ends = np.asarray([0] * len(self._control) + [end for _, end in read.offsets], np.int64)
         policy_ends = np.asarray(ends, np.int64) + (len(before) - dropped)
         known = ids != (-1 if self._unknown is None else self._unknown)
         lost = unmapped(boundaries(policy_ends, reader_ends[known]))[: len(spoken)]
@@ -162,6 +173,12 @@ def spell(decode: Callable[[list[int]], str], token_ids: Sequence[int]) -> tuple
             before = decode(list(token_ids[start:done]))
         ends.append(len(text) + len(held.rstrip(UNREADABLE)))
     return text + held, ends
+
+
+def _behind_last(tokens: Iterable[str], text: str) -> tuple[str, str]:
+    """The text up to the last of the tokens in it, and the rest, which is to be read together with what follows."""
+    cut = max((text.rfind(token) + len(token) for token in tokens if token in text), default=0)
+    return text[:cut], text[cut:]
 
 
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:

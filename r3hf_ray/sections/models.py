@@ -55,11 +55,6 @@ class ModelSection(Section):
             raise ValueError(f"each needs a name of its own, not {MAIN} or {COST}; change {', '.join(taken)}")
         return rewards
 
-    @property
-    def several(self) -> bool:
-        """Whether more than one model scores a response."""
-        return bool(self.rewards) or self.cost is not None
-
     def weights(self, multiplier: float) -> dict[str, float]:
         """Factor of each model's scaled reward in the sum, by name, the main one first; the cost's is -multiplier."""
         costs = {} if self.cost is None else {COST: -multiplier}
@@ -73,6 +68,11 @@ class ModelSection(Section):
         return self.model_copy(update=sources | {"rewards": further})
 
 
+def field_of(name: str) -> str:
+    """What a model that scores is called in the configuration."""
+    return {MAIN: "model.reward_model", COST: "model.cost"}.get(name, f"model.rewards {name}")
+
+
 class CostSection(Section):
     """What `model.cost` costs: PPO-Lagrangian (Ray, Achiam and Amodei, 2019; Safe RLHF, Dai et al., 2023).
 
@@ -81,8 +81,8 @@ class CostSection(Section):
     """
 
     limit: FiniteFloat = 0.0
-    """Mean cost score of a batch that is allowed. A cost model trained on pairs has no zero of its own: read
-    `cost/score/mean` of the first step. [cost model's units]"""
+    """Mean cost score of a batch that is allowed; must be given where multiplier_lr > 0. A cost model trained on pairs
+    has no zero of its own: read `cost/score/mean` of the first step. [cost model's units]"""
     multiplier: NonNegativeFloat = 1.0
     """lambda at the start. [scaled reward per scaled cost]"""
     multiplier_lr: NonNegativeFloat = 0.05

@@ -62,7 +62,7 @@ class CriticSection(Section):
     `reward_model`: trunk + score head (auto with terminal; with r3hf it counts the prefix score twice)."""
     source: str | None = None
     """Folder read in place of `model.reward_model` for the two latter: the same shape of model, such as one trained to
-    tell the final score from a prefix, in the reward model's units."""
+    tell the final score from a prefix, in the reward model's units. Not with `sft`, which would not read it."""
 
 
 class OptimizerSection(Section):

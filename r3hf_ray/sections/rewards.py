@@ -26,7 +26,8 @@ class RewardSection(Section):
     prefixes_from: str | None = None
     """Name of one of `[[model.rewards]]`, usually of weight 0, whose prefix scores Q stand in for the main model's:
     `P_t := P_0 + Q_t - Q_0`. What is paid in all stays the main model's R - P_0. For a model that knows beginnings
-    better, trained on the same preferences with `reward_training.prefix_weight`, and so in the same units."""
+    better, trained on the same preferences with `reward_training.prefix_weight`, and so in the same units. Not with
+    `eos_jump = "drop"`, which would take R away and leave Q_{T-1} - Q_0."""
     subtract_prompt_score: bool = True
     """Token 1 earns R(x, y_1) - R(x, empty); false pays it R(x, y_1), so the sum is R(x, y)."""
     eos_jump: Literal["keep", "spread", "drop"] = "keep"
@@ -43,7 +44,8 @@ class RewardSection(Section):
     """`segment_by = entropy`: a span ends where the reference's next-token entropy is above this. [nats]"""
     pooling_suffix: str = "auto"
     """Text after EOS that the reward model was trained to read (`\\n` in some chat templates); `auto` takes it from
-    the reward model's own r3hf_format.json, and from its chat template where there is none; `none` forbids it."""
+    the reward model's own r3hf_format.json, and from its chat template where there is none; `none` forbids it to every
+    reward model. A text of your own is for `model.reward_model` alone: the others keep to `auto`."""
     missing_eos: Literal["keep", "penalty", "zero_credit"] = "keep"
     """What a response cut at the limit earns: its rewards; its rewards minus `missing_eos_penalty` at the last token;
     or only that penalty."""

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float64
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r3hf_ray.algorithms.credit import auc, pearson, phrase_sums
@@ -30,8 +29,6 @@ class CreditQuality:
     """The one to judge by: credit often lands a token early or late."""
     token_pearson: float
     phrase_pearson: float
-    score_pearson: float
-    """Between the sequence score and the gold reward, over responses."""
     responses: int
 
 
@@ -49,8 +46,8 @@ def reward_model_credit(
     policy = load_policy(policy_folder, torch.float32)
     reward_model = load_reward_model(reward_model_folder, torch.float32)
     samples = sample_responses(policy, tokenizer, requests, max_response_tokens=max_response_tokens, seed=seed)
-    rewards, scores = token_rewards(reward_model, tokenizer, samples, mode=mode)
-    return credit_quality(rewards, scores, samples, tokenizer, max_response_tokens=max_response_tokens)
+    rewards = token_rewards(reward_model, tokenizer, samples, mode=mode)
+    return credit_quality(rewards, samples, tokenizer, max_response_tokens=max_response_tokens)
 
 
 @torch.inference_mode()
@@ -61,10 +58,9 @@ def token_rewards(
     *,
     mode: str = "r3hf",
     batch_size: int = 256,
-) -> tuple[list[np.ndarray], Float64[np.ndarray, "N"]]:
-    """Rewards of each response's tokens (ragged, float64), and the score of each response."""
+) -> list[np.ndarray]:
+    """Rewards of each response's tokens (ragged, float64)."""
     rewards: list[np.ndarray] = []
-    scores: list[float] = []
     for first in range(0, len(samples), batch_size):
         batch = samples[first : first + batch_size]
         rows = [sample.prompt_ids + sample.response_ids for sample in batch]
@@ -78,13 +74,11 @@ def token_rewards(
         given = prefix_scores(reward_model, token_ids, attention_mask, response_mask, suffix_ids=[], finished=finished)
         paid = redistribute(given, response_mask, mode=mode, beta_c=1.0, subtract_prompt_score=True)
         rewards += [row[mask].double().numpy() for row, mask in zip(paid, response_mask, strict=True)]
-        scores += given.pooled.tolist()
-    return rewards, np.array(scores)
+    return rewards
 
 
 def credit_quality(
     rewards: Sequence[np.ndarray],
-    scores: Float64[np.ndarray, "N"],
     samples: Sequence[Sample],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -104,7 +98,6 @@ def credit_quality(
         phrase_auc=_pooled_auc(by_phrase, gold_by_phrase),
         token_pearson=_mean_pearson(rewards, golds),
         phrase_pearson=_mean_pearson(by_phrase, gold_by_phrase),
-        score_pearson=pearson(scores, np.array([gold.sum() for gold in golds])),
         responses=len(samples),
     )
 

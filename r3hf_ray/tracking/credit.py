@@ -32,6 +32,8 @@ from r3hf_ray.tracking.cards import (
 from r3hf_ray.tracking.samples import PART, read_samples, sample_steps
 from r3hf_ray.types import MAIN
 
+PLAIN = {"beta_c": 1.0, "subtract_prompt_score": True, "eos_jump": "keep", "missing_eos": "keep"}
+"""Fields of `[reward]` with which a method pays steps of the prefix score and nothing else."""
 Tokens = Sequence[Mapping[str, Any]]
 """The rows of one response, as `samples.read_samples` gives them."""
 
@@ -44,10 +46,17 @@ class Payment:
     """A name in `METHODS`, or a user's own ``package.module:function``."""
     several: bool = False
     """Whether more than one model pays; the samples hold the main one's prefix scores and the sum of all rewards."""
+    plain: bool = True
+    """Whether the method alone decides: no share is paid at the end, no part of a score is moved, dropped or added."""
     mean: float = 0.0
     """Of the score under the initial policy: what counts as 0."""
     std: float = 1.0
     """Of the score under the initial policy, over the model's weight: what counts as 1."""
+
+    @property
+    def steps(self) -> bool:
+        """Whether a token earns the step that the prefix score takes at it, or a span the sum of its steps."""
+        return self.mode in ("r3hf", "segment") and self.plain and not self.several
 
     @property
     def unit(self) -> str:
@@ -59,11 +68,12 @@ class Payment:
 
 def payment_of(config: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> Payment:
     """What a run's ``config.toml`` and events say; without calibration the unit is the reward model's own."""
-    model = config.get("model", {})
+    model, reward = config.get("model", {}), config.get("reward", {})
     told = [e for e in events if e.get("event") == "calibrated" and e.get("model", MAIN) == MAIN]
     mean, std = (float(told[-1]["mean"]), float(told[-1]["std"]) or 1.0) if told else (0.0, 1.0)
     return Payment(
-        mode=str(config.get("reward", {}).get("mode", "r3hf")),
+        mode=str(reward.get("mode", "r3hf")),
+        plain=all(reward.get(name, value) == value for name, value in PLAIN.items()),
         several=bool(model.get("rewards")) or "cost" in model,
         mean=mean,
         std=std / (float(model.get("reward_weight", 1.0)) or 1.0),

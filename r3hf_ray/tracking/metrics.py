@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from r3hf_ray.config import ConfigError
+
 STEP = "train/global_step"
 ATTEMPT = "attempt"
 TIME = "time"
@@ -179,7 +181,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a file written by `JsonlLog`; a torn last line is left out, a missing file has no rows.
 
     Raises:
-        ValueError: a line before the last is not a JSON object; it names the file and the line.
+        ConfigError: a line before the last is not a JSON object; it names the file and the line.
     """
     if not path.exists():
         return []
@@ -190,7 +192,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             continue
         row = _parse(line)
         if row is None and number < len(lines):
-            raise ValueError(f"{path}:{number}: not a JSON object; remove the line or restore the file")
+            raise ConfigError(f"{path}:{number}: is no JSON object; remove the line or restore the file")
         if row is not None:
             rows.append(row)
     return rows

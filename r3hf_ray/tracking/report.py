@@ -37,7 +37,7 @@ def write_report(run_folder: Path) -> Path:
     A run without metrics, samples or config gets a report without those parts.
 
     Raises:
-        ValueError: a damaged line inside `metrics.jsonl` or `events.jsonl`.
+        ConfigError: a damaged line inside `metrics.jsonl` or `events.jsonl`.
     """
     rows = read_metrics(run_folder)
     events = read_jsonl(run_folder / "events.jsonl")

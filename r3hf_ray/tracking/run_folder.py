@@ -1,6 +1,7 @@
 """A run's folder: made once, refused if it is there already, with the settings it was started with (layer 4)."""
 
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,22 @@ PPO_MAY_CHANGE = frozenset(
 """Fields, and whole sections, of `r3hf ppo` that a resumed run may change: how long and where it runs, not what it
 computes."""
 
+STAGE_MAY_CHANGE = frozenset({"run.name", "run.folder", "run.cpus", "trainer", "tracking"})
+"""The same of `r3hf sft` and `r3hf reward`, whose batches are those of all ranks: what the run is called, where it is
+and on what it runs. The seed is no part of that."""
 
-def check_run(config: Command, run: RunSection, *, resume: bool, may_change: Collection[str] | None = None) -> Path:
+STAGE_MAY_MOVE = frozenset({"model.base", "data.source"})
+"""What these two read, which a folder of runs that is copied as a whole takes along."""
+
+
+def check_run(
+    config: Command,
+    run: RunSection,
+    *,
+    resume: bool,
+    may_change: Collection[str] | None = None,
+    may_move: Collection[str] = (),
+) -> Path:
     """Whether `run.folder/run.name` can take this run; nothing is written. Returns its absolute path.
 
     Args:
@@ -37,6 +52,8 @@ def check_run(config: Command, run: RunSection, *, resume: bool, may_change: Col
         resume: whether an existing folder is to be continued.
         may_change: fields (`ppo.steps`) and sections (`tracking`) in which a resumed run may differ from its own
             `config.toml`; None: all of them.
+        may_move: fields that name a file or folder, in which it may differ as far as the place is still the same, on
+            disk or as seen from `run.folder`.
 
     Raises:
         ConfigError: the folder exists and `resume` was not asked for: two runs in one folder would mix their records,
@@ -46,7 +63,7 @@ def check_run(config: Command, run: RunSection, *, resume: bool, may_change: Col
     if folder.exists() and not resume:
         raise ConfigError(f"run.name: {run.folder / run.name} exists; use another name or continue it with --resume")
     if folder.exists() and may_change is not None:
-        _require_same(config, folder, may_change)
+        _require_same(config, folder, may_change, may_move)
     return folder
 
 
@@ -77,16 +94,25 @@ def to_toml(config: Command) -> str:
     )
 
 
-def _require_same(config: Command, folder: Path, may_change: Collection[str]) -> None:
+def _require_same(config: Command, folder: Path, may_change: Collection[str], may_move: Collection[str]) -> None:
     old, new = load(type(config), folder / "config.toml", []).model_dump(), config.model_dump()
     for section, fields in new.items():
         for name, value in fields.items():
             was, field = old[section][name], f"{section}.{name}"
-            if was != value and not {section, field} & set(may_change):
-                raise ConfigError(
-                    f"{field}: the run in {folder} was started with {was!r} and cannot go on with {value!r}; set it "
-                    "back, or start another run with another run.name"
-                )
+            if was == value or {section, field} & set(may_change):
+                continue
+            if field in may_move and _same_place((was, old["run"]["folder"]), (value, new["run"]["folder"])):
+                continue
+            raise ConfigError(
+                f"{field}: the run in {folder} was started with {was!r} and cannot go on with {value!r}; set it "
+                "back, take another run.name, or remove the folder"
+            )
+
+
+def _same_place(old: tuple[str, Path], new: tuple[str, Path]) -> bool:
+    """Of two (path, run.folder): whether the paths are one, or each lies alike beside its folder."""
+    (was, was_beside), (path, beside) = ((Path(place).resolve(), folder.resolve()) for place, folder in (old, new))
+    return was == path or os.path.relpath(was, was_beside) == os.path.relpath(path, beside)
 
 
 def _value(value: Any) -> str:

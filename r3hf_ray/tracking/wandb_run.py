@@ -56,11 +56,6 @@ class WandbRun:
             if mode == "online":
                 self._start_offline(folder, tracking, name, config)
 
-    @property
-    def url(self) -> str | None:
-        """Address of the run's page; None offline or switched off."""
-        return self._run.url if self._run is not None else None
-
     def log(self, row: Mapping[str, Any]) -> None:
         """Log a row of `metrics.jsonl` as it is."""
         self._guarded(lambda run: run.log(dict(row)))

@@ -161,6 +161,7 @@ def _credit_metrics(of: dict[str, Moments], added: dict[str, list[float]], confi
     }
     if config.reward.reads_prefixes:
         metrics["r3hf/eos_jump_mass"] = jumps / differences if differences else 0.0
+        metrics["r3hf/alignment_loss"] = of["alignment_loss"].mean
     return metrics
 
 
@@ -176,7 +177,6 @@ def _named(of: dict[str, Moments], added: dict[str, list[float]], largest: dict[
         "r3hf/token_reward/absmax": largest["reward"],
         "r3hf/telescoping_error/max": largest["telescoping"],
         "r3hf/empty_prefix_score/mean": of["prompt_score"].mean,
-        "r3hf/alignment_loss": of["alignment_loss"].mean,
         "r3hf/position_corr": _correlation(of["position"], of["reward"], added["product"][0]),
         "policy/entropy": of["entropy"].mean,
         "critic/returns/mean": of["return"].mean,

@@ -57,6 +57,7 @@ class _Objective:
     center_coef: float
     prefix_weight: float
     microbatch_size: int
+    dtype: torch.dtype
 
 
 class _Margins(NamedTuple):
@@ -70,28 +71,31 @@ class _Margins(NamedTuple):
     """R(winner) + R(loser)."""
 
 
-def last_token_scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]], *, pad_id: int) -> Float[Tensor, "N"]:
-    """Score of each sequence, read at the last of its tokens (never searched for by pad), in float32."""
-    whole = [(index, len(sequence)) for index, sequence in enumerate(sequences)]
-    return scores_of_prefixes(model, sequences, whole, pad_id=pad_id)
-
-
 def scores_of_prefixes(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int]], prefixes: Sequence[tuple[int, int]], *, pad_id: int
+    model: PreTrainedModel,
+    sequences: Sequence[Sequence[int]],
+    prefixes: Sequence[tuple[int, int]],
+    *,
+    pad_id: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "M"]:
     """Scores of parts of the sequences from one forward, in float32; the model must be causal.
+
+    Each is read at the last token of its part, which is never searched for by pad.
 
     Args:
         model: a reward model, its head in float32.
         sequences: token ids of prompt + response.
         prefixes: (which sequence, how many of its tokens), both the whole and the cut.
         pad_id: fills the right of shorter rows; masked.
+        dtype: float32, or bfloat16 to run the trunk's matrix products in it; the head stays in float32.
     """
     width, device = max(map(len, sequences)), next(model.parameters()).device
     lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
     token_ids = torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in sequences], device=device)
     attention_mask = torch.arange(width, device=device) < lengths[:, None]
-    states = model.base_model(input_ids=token_ids, attention_mask=attention_mask.long()).last_hidden_state
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        states = model.base_model(input_ids=token_ids, attention_mask=attention_mask.long()).last_hidden_state
     rows, counts = torch.tensor(prefixes, device=device).unbind(1)
     head = score_head(model)
     if isinstance(model, RunningSumForSequenceClassification):
@@ -134,6 +138,7 @@ def train_ranked(
     center_coef: float = 0.0,
     prefix_weight: float = 0.0,
     microbatch_size: int = 64,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
     """Train `model` in place with AdamW on ``-log sigmoid(R(winner) - R(loser))``, averaged over a step's pairs.
 
@@ -149,6 +154,7 @@ def train_ranked(
         center_coef: weight of the squared sum of a pair's scores, which holds the mean score near 0.
         prefix_weight: weight of the same loss of pairs cut at one fraction of both lengths, drawn each time; 0: none.
         microbatch_size: responses of one forward on one rank; a larger group is forwarded alone.
+        dtype: of the trunk in a forward, as in `scores_of_prefixes`; the weights and their step keep their own.
 
     Returns:
         ``loss`` [nats a pair], ``accuracy`` and ``grad_norm``, means over the last tenth of the steps; of cut pairs
@@ -161,23 +167,18 @@ def train_ranked(
     _check(groups)
     _broadcast(model)
     objective = _Objective(
-        pad_id=pad_id, seed=seed, center_coef=center_coef, prefix_weight=prefix_weight, microbatch_size=microbatch_size
-    )
+        pad_id=pad_id, seed=seed, center_coef=center_coef, prefix_weight=prefix_weight,
+        microbatch_size=microbatch_size, dtype=dtype,
+    )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
     model.train()
     history: list[dict[str, float]] = []
     for step in range(steps):
         positions = range(step * groups_per_step, (step + 1) * groups_per_step)
         batch = [(position, groups[stream_row(seed, position, len(groups))]) for position in positions]
-        metrics = _backward(model, batch, objective)
-        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM).item()
-        if not math.isfinite(sum(metrics.values())):
-            raise FloatingPointError(f"reward model: loss or gradient is not finite at step {step + 1}")
         optimizer.param_groups[0]["lr"] = learning_rate * _schedule(step, steps, warmup_steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append(metrics)
-        on_step(step + 1, metrics)
+        history.append(_update(model, optimizer, batch, objective, step + 1))
+        on_step(step + 1, history[-1])
     model.eval()
     return _means(history[-max(1, steps // 10) :])
 
@@ -193,11 +194,11 @@ def pair_accuracy(
     """
     _check(groups)
     model.eval()
-    counts = torch.zeros(2, dtype=torch.float64)
+    counts = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)  # nccl adds on GPUs only
     for batch in _microbatches(_own_share(list(enumerate(groups))), microbatch_size):
-        margins = _margins(model, batch, pad_id=pad_id).whole.double()
+        margins = _margins(model, batch, pad_id=pad_id).whole
         wins = (margins > 0).sum() + 0.5 * (margins == 0).sum()
-        counts += torch.stack([wins.cpu(), torch.tensor(len(margins), dtype=torch.float64)])
+        counts += torch.stack([wins, torch.full_like(wins, len(margins))])
     all_reduce_sum(counts)
     return (counts[0] / counts[1]).item()
 
@@ -218,13 +219,26 @@ def _check(groups: Sequence[RankedGroup]) -> None:
         raise ValueError("ranked data: a response is empty; each sequence must be longer than its prompt")
 
 
+def _update(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: list[_Placed], objective: _Objective, step: int
+) -> dict[str, float]:
+    """One optimizer step, unless its loss or gradient is not finite; returns the step's global metrics."""
+    metrics = _backward(model, batch, objective)
+    metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM).item()
+    if not math.isfinite(sum(metrics.values())):
+        raise FloatingPointError(f"reward model: loss or gradient is not finite at step {step}")
+    optimizer.step()
+    optimizer.zero_grad()
+    return metrics
+
+
 def _backward(model: PreTrainedModel, batch: list[_Placed], objective: _Objective) -> dict[str, float]:
     """Leave the global gradient in ``.grad`` on every rank; returns the step's global metrics."""
     num_pairs = sum(len(group.pairs) for _, group in batch)
     seed = objective.seed if objective.prefix_weight else None
     sums = torch.zeros(4, device=next(model.parameters()).device)
     for microbatch in _microbatches(_own_share(batch), objective.microbatch_size):
-        margins = _margins(model, microbatch, pad_id=objective.pad_id, cut_seed=seed)
+        margins = _margins(model, microbatch, pad_id=objective.pad_id, cut_seed=seed, dtype=objective.dtype)
         loss = (-logsigmoid(margins.whole) + objective.center_coef * margins.totals**2).sum() / num_pairs
         prefix_loss = -logsigmoid(margins.cut).sum() / num_pairs
         if objective.prefix_weight:
@@ -241,7 +255,14 @@ def _backward(model: PreTrainedModel, batch: list[_Placed], objective: _Objectiv
     return dict(zip(names, sums.tolist(), strict=False))
 
 
-def _margins(model: PreTrainedModel, batch: list[_Placed], *, pad_id: int, cut_seed: int | None = None) -> _Margins:
+def _margins(
+    model: PreTrainedModel,
+    batch: list[_Placed],
+    *,
+    pad_id: int,
+    cut_seed: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> _Margins:
     """From one forward; with ``cut_seed`` of the cut pairs too."""
     sequences = [ids for _, group in batch for ids in group.sequences]
     winners: list[int] = []
@@ -258,7 +279,7 @@ def _margins(model: PreTrainedModel, batch: list[_Placed], *, pad_id: int, cut_s
                 cuts += [(row, cut_length(group.prompt_tokens, len(sequences[row]), fraction)) for row in both]
         first += len(group.sequences)
     whole = [(row, len(ids)) for row, ids in enumerate(sequences)]
-    scores = scores_of_prefixes(model, sequences, whole + cuts, pad_id=pad_id)
+    scores = scores_of_prefixes(model, sequences, whole + cuts, pad_id=pad_id, dtype=dtype)
     cut = scores[len(whole) :]
     return _Margins(scores[winners] - scores[losers], cut[::2] - cut[1::2], scores[winners] + scores[losers])
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from r3hf_ray.config import RewardConfig
 from r3hf_ray.models.load import ensure_distinct_pad, load_tokenizer, score_head, untrained_reward_model
 from r3hf_ray.models.prefix_scores import scores_so_far
+from r3hf_ray.models.sharding import DTYPES
 from r3hf_ray.training.ranking import RankedGroup, cut_fraction, cut_length, pair_accuracy, train_ranked
 from r3hf_ray.training.trl_settings import MetricsCallback, arguments, is_first_rank, save_model
 
@@ -118,6 +119,7 @@ def train_on_groups(
         center_coef=section.center_coef,
         prefix_weight=section.prefix_weight,
         microbatch_size=section.microbatch_size,
+        dtype=DTYPES[config.model.dtype],
     )
     _finish(config, model, tokenizer, heldout, steps, folder, on_metrics)
 
@@ -207,6 +209,7 @@ def _finish(
     folder: Path,
     on_metrics: Sink,
 ) -> None:
+    save_model(model, tokenizer, folder)  # first: a model that could not be measured is not lost
     if heldout:
         size = 2 * config.reward_training.microbatch_size
         accuracy = pair_accuracy(model, heldout, pad_id=_pad_id(tokenizer), microbatch_size=size)
@@ -215,7 +218,6 @@ def _finish(
         if is_first_rank():
             metrics = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "pairs": float(trials)}
             on_metrics(step, {f"eval/heldout/pair_{name}": value for name, value in metrics.items()})
-    save_model(model, tokenizer, folder)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

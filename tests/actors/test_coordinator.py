@@ -741,6 +741,24 @@ def test_a_calibration_without_scores_ends_the_run(actors: Actors) -> None:
     assert sentence == "calibration scored fewer than 2 responses; the last reason: told to fail"
 
 
+def test_a_reward_model_that_tells_nothing_apart_ends_the_run(actors: Actors) -> None:
+    """Nobody is left waiting for a scale."""
+    actors.behave(components={"helpful": 0.0})
+    config = configuration(reward={"calibration_samples": 6}, model={"rewards": [{"name": "helpful", "source": "h"}]})
+    sentence, snapshot = failing_run(actors, config)
+    assert sentence.startswith("model.rewards helpful gives every sampled response the same score (0)")
+    assert not events(snapshot, "calibrated")
+
+
+def test_borrowed_prefixes_in_another_unit_are_said_once(actors: Actors) -> None:
+    actors.behave(components={"early": 2.5})
+    models = {"rewards": [{"name": "early", "source": "e", "weight": 0.0}]}
+    reward = {"calibration_samples": 6, "prefixes_from": "early"}
+    _, snapshot = run(actors, configuration(reward=reward, model=models, ppo={"steps": 2}))
+    (warning,) = events(snapshot, "warning")
+    assert warning["reason"].startswith("reward.prefixes_from = early: its scores spread by 4.27, those of model")
+
+
 # ---------------------------------------------------------------------- nobody waits for a run that is over
 
 

@@ -14,7 +14,11 @@ from r3hf_ray.types import MAIN, Finish, ScoredTrajectory, ScoreReport, Trajecto
 @pytest.fixture(scope="module")
 def actor(tiny_models: Any) -> RewardActor:
     settings = ScoringSettings(
-        reward_model=str(tiny_models.reward), reference=str(tiny_models.policy), temperature=1.0, suffix_ids=()
+        reward_model=str(tiny_models.reward),
+        reference=str(tiny_models.policy),
+        tokenizer=str(tiny_models.policy),
+        temperature=1.0,
+        suffix_ids=(),
     )
     return RewardActor(settings, threads=1)
 

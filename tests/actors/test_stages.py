@@ -18,7 +18,7 @@ from r3hf_ray.models.load import load_tokenizer
 from r3hf_ray.prepare import train_reward, train_sft
 from r3hf_ray.toy.language import make_tokenizer
 from r3hf_ray.tracking.metrics import read_jsonl, read_metrics
-from r3hf_ray.training.ranking import last_token_scores
+from r3hf_ray.training.ranking import scores_of_prefixes
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 ANSWERS = ["gardens grow ." + " um ." * 2**i for i in range(6)] + ["boats move ." + " um ." * i for i in range(4)]
@@ -76,6 +76,11 @@ def test_sft_on_two_ranks_leaves_a_model_and_its_records(sections: dict[str, Any
     with pytest.raises(ConfigError, match=r"run\.name: .*stage exists"):
         train_sft(config)
     assert train_sft(config, resume=True).metrics == result.metrics
+    single = config.model_copy(update={"trainer": config.trainer.model_copy(update={"ranks": 1, "threads": 2})})
+    assert train_sft(single, resume=True).metrics == result.metrics
+    sections["data"] = {**sections["data"], "heldout": 3}
+    with pytest.raises(ConfigError, match=r"^data\.heldout: .*stage was started with 2 and cannot go on with 3; "):
+        train_sft(SFTConfig(**sections, sft=config.sft.model_dump()), resume=True)
 
 
 @pytest.mark.ray
@@ -87,13 +92,18 @@ def test_a_reward_model_scores_the_same_in_plain_transformers(sections: dict[str
     assert {"eval/heldout/pair_accuracy", "eval/heldout/pair_accuracy_low"} <= result.metrics.keys()
     assert json.loads((result.model / FORMAT_FILE).read_text())["suffix"] == ""
     assert tomllib.loads((result.folder / "config.toml").read_text())["reward_training"]["epochs"] == 4.0
+    changed = RewardConfig(**sections, reward_training={**training, "prefix_weight": 0.5})
+    with pytest.raises(ConfigError, match=r"^reward_training\.prefix_weight: .* started with 0\.0 and .* with 0\.5; "):
+        train_reward(changed, resume=True)
+    assert train_reward(config, resume=True).metrics == result.metrics
 
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(result.model), load_tokenizer(result.model)
     texts = [f"<bos> baking no-jokes politely : {words} <eos>" for words in ANSWERS]
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     with torch.no_grad():
         plain = model(**tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")).logits[:, 0]
-        ours = last_token_scores(model, ids, pad_id=tokenizer.pad_token_id)
+        whole = [(row, len(sequence)) for row, sequence in enumerate(ids)]
+        ours = scores_of_prefixes(model, ids, whole, pad_id=tokenizer.pad_token_id)
     torch.testing.assert_close(plain, ours, rtol=1e-5, atol=1e-6)
 
 

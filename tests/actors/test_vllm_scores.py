@@ -8,12 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import GPT2Config, LlamaConfig, LlamaForSequenceClassification
 
 from r3hf_ray.actors import vllm_scores
 from r3hf_ray.actors.environment import VLLM_ON_CPU
 from r3hf_ray.actors.reward import RewardActor
-from r3hf_ray.actors.vllm_scores import BOUNDS, VllmReader, probe, require_equal, require_readable
+from r3hf_ray.actors.vllm_scores import (
+    BOUNDS,
+    CACHE_BYTES,
+    SPARE_TOKENS,
+    VllmReader,
+    cache_bytes,
+    probe,
+    require_equal,
+    require_readable,
+    require_room,
+)
 from r3hf_ray.models.load import ModelError
 from r3hf_ray.models.readers import ReaderSettings, Reading, SameIds, Sampled
 from r3hf_ray.models.running_sum import RunningSumConfig
@@ -125,6 +135,40 @@ def test_a_row_longer_than_the_cache_is_refused_and_the_others_are_read(
     assert list(reader.read(sampled([WINDOW + 1])).refused) == [0]
 
 
+def test_a_cache_of_just_the_longest_row_reads_it_and_a_smaller_one_is_refused(
+    vllm_in_process: None, settings: ReaderSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the engine itself: a row that it does not read would be left out of training, and it would be a long one."""
+    known = replace(settings, longest=WINDOW)
+    monkeypatch.setattr(vllm_scores, "CACHE_BYTES", 0)
+    assert not VllmReader(known).read(sampled([WINDOW])).refused
+    small = cache_bytes(replace(settings, longest=0))
+    monkeypatch.setattr(vllm_scores, "cache_bytes", lambda own: small)
+    with pytest.raises(ModelError, match=f"rows of up to (128|256) tokens, and one of {WINDOW} can come: lower"):
+        VllmReader(known)
+
+
+def test_the_cache_grows_with_the_longest_row(
+    settings: ReaderSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cache_bytes(settings) == CACHE_BYTES
+    token = 2 * 2 * 2 * 32 * 4  # keys and values x layers x heads x width x bytes of a float32
+    rows = 4 * 10**6
+    assert cache_bytes(replace(settings, longest=rows)) == (rows + SPARE_TOKENS) * token
+    half = replace(settings, longest=rows, dtype=torch.bfloat16)
+    assert cache_bytes(half) == (rows + SPARE_TOKENS) * token // 2
+    GPT2Config(n_layer=3, n_head=2, n_embd=64).save_pretrained(tmp_path)
+    monkeypatch.setattr(vllm_scores, "CACHE_BYTES", 0)
+    assert cache_bytes(replace(settings, source=str(tmp_path), longest=10)) == (10 + SPARE_TOKENS) * 2 * 3 * 64 * 4
+
+
+def test_an_engine_without_room_for_the_longest_row_is_refused(settings: ReaderSettings) -> None:
+    require_room(20, settings)
+    require_room(20, replace(settings, longest=20))
+    with pytest.raises(ModelError, match=r"reward\.backend = vllm .* 20 tokens, and one of 21 can come: lower rollout"):
+        require_room(20, replace(settings, longest=21))
+
+
 def test_a_model_that_vllm_reads_otherwise_is_refused(
     vllm_in_process: None, settings: ReaderSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,7 +242,11 @@ def test_a_reward_actor_gives_the_same_on_either_backend(
 ) -> None:
     """Token rewards within the bound; the reference, which transformers runs beside vLLM, to the bit."""
     scoring = ScoringSettings(
-        reward_model=settings.source, reference=str(tiny_models.policy), temperature=1.0, suffix_ids=(7,)
+        reward_model=settings.source,
+        reference=str(tiny_models.policy),
+        tokenizer=str(tiny_models.policy),
+        temperature=1.0,
+        suffix_ids=(7,),
     )
     made = [trajectory(1, [8, 9, 10, 2]), trajectory(2, list(range(3, 30)))]
     keys = [(1, 0), (2, 0)]

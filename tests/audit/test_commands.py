@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from r3hf_ray.audit.answers import Judge
 from r3hf_ray.audit.marked import load_marked, marked_characters, on_characters
@@ -73,7 +75,7 @@ def test_credit_on_the_toy(
     read_page: ReadPage, toy_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A random reward model misses bars: exit code 1, each named."""
-    arguments = ["--benchmark", "toy", "--reward-model", str(toy_world / "reward"), "--limit", "40"]
+    arguments = ["--benchmark", "toy", "--reward-model", str(toy_world / "reward"), "--limit", "240"]
     assert main(["credit", *arguments, "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().out
     assert "missed: phrase AUC of r3hf is" in said and "met: phrase AUC of the oracle is 1.000" in said
@@ -81,6 +83,107 @@ def test_credit_on_the_toy(
     titles = [panel["title"] for panel in page.data["cards"][0]["panels"]]
     assert titles[:2] == ["known credit", "r3hf"] and len(set(titles)) == len(titles)
     assert any("bars missed" in text for text in page.texts)
+
+
+def test_the_toy_is_not_judged_by_a_handful(
+    read_page: ReadPage, toy_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither met nor missed, on the console, on the page and in the numbers; the exit code says nothing either."""
+    arguments = ["--benchmark", "toy", "--reward-model", str(toy_world / "reward"), "--limit", "8"]
+    assert main(["credit", *arguments, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("not judged: ") == 5 and "missed: " not in said and not re.search("^met: ", said, re.MULTILINE)
+    assert [bar["holds"] for bar in json.loads((tmp_path / "out/credit.json").read_text())["bars"]] == [None] * 5
+    texts = read_page(tmp_path / "out/credit.html").texts
+    assert any(text.startswith("Not judged: too few responses") for text in texts)
+    assert texts.count("not judged") == 6 and not {"met", "missed", "bars met", "bars missed"} & set(texts)
+
+
+def qa_without_marks(text: str) -> dict:
+    return {"question": "Who did?", "passages": [], "prediction 1": text, "feedback": {"errors": []}}
+
+
+def untrained_row(folder: Path) -> dict:
+    rows = json.loads((folder / "credit.json").read_text())["rows"]
+    return next(row for row in rows if row["method"] == "untrained reward model")
+
+
+def test_the_untrained_control_owes_nothing_to_the_reward_model(byte_model: Path, tmp_path: Path) -> None:
+    """Its credit depends on the configuration and the seed only: another model of that shape has the same control."""
+    other = AutoModelForSequenceClassification.from_pretrained(byte_model)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(0.7).add_(0.01)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(byte_model).save_pretrained(tmp_path / "other")
+    (tmp_path / "marked.jsonl").write_text("".join(json.dumps(marked_row(f"Ann won {i}.")) + "\n" for i in range(4)))
+    for name, model in {"one": byte_model, "two": tmp_path / "other"}.items():
+        arguments = ["credit", "--benchmark", str(tmp_path / "marked.jsonl"), "--reward-model", str(model)]
+        assert main([*arguments, "--out", str(tmp_path / name)]) == 0
+    assert untrained_row(tmp_path / "one") == untrained_row(tmp_path / "two")
+    numbers = [json.loads((tmp_path / name / "credit.json").read_text())["rows"] for name in ("one", "two")]
+    assert numbers[0] != numbers[1]  # the reward models themselves differ
+
+
+def test_few_marked_answers_are_too_few_to_say(
+    read_page: ReadPage, byte_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [marked_row("Ann won."), marked_row("Ann won not.", "Who lost?"), qa_without_marks("Bob did.")]
+    (tmp_path / "marked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["credit", "--benchmark", str(tmp_path / "marked.jsonl"), "--reward-model", str(byte_model)]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert "Too few answers to say: 2 can be judged" in capsys.readouterr().out.replace("\n", " ")
+    verdict = json.loads((tmp_path / "out/credit.json").read_text())["verdict"]
+    assert (verdict["good"], verdict["status"]) == (False, "too few answers to say")
+    assert "too few answers to say" in read_page(tmp_path / "out/credit.html").texts
+
+
+def write_unsafe(folder: Path) -> Path:
+    """Answers to the same prompt, the safer of which is the better one too."""
+    rng = random.Random(1)
+    rows = []
+    for i in range(24):
+        request = make_request(rng)
+        answers = {f"response_{k}": noisy_response(request, 48, rng) for k in (0, 1)}
+        rows.append({"prompt": request.text, **answers, "better_response_id": i % 2, "safer_response_id": i % 2})
+    path = folder / "unsafe.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_audit_of_a_format_that_is_never_detected(read_page: ReadPage, toy_world: Path, tmp_path: Path) -> None:
+    """`safe_rlhf_cost` prefers the less safe answer: on these rows the opposite of what is detected."""
+    path, found = write_unsafe(tmp_path), {}
+    for form in ("auto", "safe_rlhf", "safe_rlhf_cost"):
+        arguments = ["audit", "--reward-model", str(toy_world / "reward"), "--pairs", str(path), "--format", form]
+        assert main([*arguments, "--out", str(tmp_path / form)]) == 0
+        found[form] = json.loads((tmp_path / form / "audit.json").read_text())
+    value = {form: numbers["audit"]["accuracy"]["value"] for form, numbers in found.items()}
+    assert value["auto"] == value["safe_rlhf"] != 0.5
+    assert value["safe_rlhf_cost"] == pytest.approx(1.0 - value["safe_rlhf"], abs=1e-4)
+    assert found["auto"]["data"] == {"source": str(path)}
+    assert found["safe_rlhf_cost"]["data"] == {"source": str(path), "format": "safe_rlhf_cost"}
+    texts = read_page(tmp_path / "safe_rlhf_cost/audit.html").texts
+    assert any("unsafe.jsonl (format safe_rlhf_cost)" in text for text in texts)
+
+
+def test_audit_finds_a_hub_dataset_as_a_job_does(
+    toy_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--config`, `--data-dir` and `--split` reach the hub; here nothing answers."""
+    asked: list[tuple] = []
+
+    def load_dataset(*names: str, **settings: str | None) -> None:
+        asked.append((*names, settings))
+        raise FileNotFoundError("not here")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    arguments = ["audit", "--reward-model", str(toy_world / "reward"), "--pairs", "someone/pairs", "--split", "test"]
+    arguments += ["--config", "comparisons", "--data-dir", "harmless-base", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert asked[0] == ("someone/pairs", {"name": "comparisons", "data_dir": "harmless-base", "split": "test"})
+    error = capsys.readouterr().err
+    assert "config comparisons, data_dir harmless-base, split test" in error and "Traceback" not in error
 
 
 def test_audit_of_pairs_and_of_rankings(

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from r3hf_ray.audit.answers import credit_by_method, load_judge, score_answers, unit
+from r3hf_ray.audit.intervals import Mean
 from r3hf_ray.audit.toy_credit import (
+    ENOUGH_RESPONSES,
     ToyResponse,
+    ToyRow,
     first_advantages,
     toy_bars,
     toy_responses,
@@ -21,7 +24,7 @@ from r3hf_ray.models.load import ModelError
 @pytest.fixture(scope="module")
 def measured(toy_world: Path) -> tuple:
     judge = load_judge(str(toy_world / "reward"), attention=True)
-    responses = toy_responses(judge, None, count=60, max_response_tokens=48, seed=0)
+    responses = toy_responses(judge, None, count=240, max_response_tokens=48, seed=0)
     scored = score_answers(judge, [response.answer for response in responses])
     mean, std = unit(scored)
     return judge, responses, scored, mean, std
@@ -91,6 +94,42 @@ def test_a_random_reward_model_misses_its_bar_and_controls_keep_theirs(measured:
     missed = [bar.sentence for bar in bars if not bar.holds]
     assert any("phrase AUC of r3hf" in sentence for sentence in missed)
     assert not any("oracle" in sentence for sentence in missed)
+
+
+def bars_of(count: int, **areas: float) -> list[tuple[str, bool | None]]:
+    """The bars of methods with these phrase areas, known to 0.05 either way, as (first words, holds)."""
+    rows = []
+    for method, area in ({"r3hf": 0.7, "oracle": 1.0, "uniform": 0.5, "terminal": 0.5} | areas).items():
+        mean = Mean(area, area - 0.05, area + 0.05, count)
+        rows.append(
+            ToyRow(
+                method=method,
+                control=method == "oracle",
+                phrase_auc=mean,
+                token_auc=mean,
+                phrase_pearson=mean,
+                token_pearson=mean,
+                phrase_auc_pooled=area,
+                token_auc_pooled=area,
+            )
+        )
+    advantages = {"r3hf, V = 0": {0.95: 0.66, 1.0: 0.6}, "terminal, V = 0": {0.95: 0.57, 1.0: 0.55}}
+    return [(bar.sentence.partition(" is ")[0], bar.holds) for bar in toy_bars(rows, advantages)]
+
+
+@pytest.mark.parametrize("method", ["uniform", "terminal"])
+@pytest.mark.parametrize(("area", "holds"), [(0.4701, True), (0.469, False), (0.5299, True), (0.531, False)])
+def test_methods_that_know_nothing_must_be_at_chance_themselves(method: str, area: float, holds: bool) -> None:
+    """0.531 is known to 0.05 either way: an interval that overlaps 0.47 to 0.53 is not enough."""
+    bars = dict(bars_of(400, **{method: area}))
+    assert len(bars) == 5 and bars.pop(f"phrase AUC of {method}") is holds
+    assert all(bars.values())
+
+
+def test_few_responses_are_not_judged() -> None:
+    assert [holds for _, holds in bars_of(ENOUGH_RESPONSES)] == [True] * 5
+    assert [holds for _, holds in bars_of(ENOUGH_RESPONSES - 1)] == [None] * 5
+    assert [holds for _, holds in bars_of(ENOUGH_RESPONSES - 1, r3hf=0.4, uniform=0.6)] == [None] * 5
 
 
 def test_responses_come_from_a_policy_when_there_is_one(toy_world: Path) -> None:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from r3hf_ray.benchmark.shapes import LAG_0, LAG_1, PROMPT_TOKENS, SHAPES, TERMINAL, TINY, TWO_RANKS, Shape, make_inputs
 from r3hf_ray.config import ConfigError, PPOConfig
 from r3hf_ray.preflight import check
+from r3hf_ray.types import MAIN
 
 
 def config(shape: Shape, variant: Any, inputs: Path = Path("inputs")) -> PPOConfig:
@@ -40,7 +41,7 @@ def test_tiny_inputs_pass_the_checks_of_a_run(tmp_path: Path) -> None:
     plan = check(config(TINY, LAG_0, tmp_path))
     assert {len(prompt) for prompt in plan.prompts} == {PROMPT_TOKENS}
     assert len(plan.prompts) >= TINY.responses
-    assert plan.suffix_ids == ()
+    assert plan.reward_models[MAIN].suffix_ids == ()
     assert not plan.warnings
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     assert 0.85e6 < policy.num_parameters() < 0.95e6

@@ -37,8 +37,14 @@ def record(arm: str, seed: int, at: int | None, *, gold: float = 4.0, status: St
         ("samples", 9.0, [400, 800], [100, None], "missed"),  # one seed never got there: its ratio has no upper end
         ("samples", 0.75, [None, None], [300, 600], "met"),  # at most 0.3 and 0.6
         ("samples", 0.75, [None, None], [None, None], "missed"),
+        ("samples", 0.75, [None, 800], [None, 400], "missed"),  # one seed tells nothing
         ("level", 0.15, [400, 800], [440, 800], "met"),
         ("level", 0.15, [400, 800], [200, 400], "missed"),  # too fast is not level
+        ("level", 0.15, [400, 800], [200, 1600], "met"),  # twice and half cancel, whoever is named first
+        ("level", 0.15, [100, 100], [115, 115], "met"),
+        ("level", 0.15, [115, 115], [100, 100], "met"),
+        ("level", 0.15, [100, 100], [116, 116], "missed"),
+        ("level", 0.15, [116, 116], [100, 100], "missed"),
         ("level", 0.15, [None, 800], [1000, 800], "missed"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -27,6 +28,8 @@ policy = "some/policy"
 reward_model = "some/reward"
 [data]
 source = "prompts.jsonl"
+[reward]
+gold = "some.module:gold"
 [ppo]
 steps = 10
 """
@@ -141,6 +144,11 @@ def test_toy_models_are_shared_and_the_length_goes_with_the_judge(config: Compar
         ('name = "dense"', 'name = "sparse"', "two arms are called sparse"),
         ('"--reward.mode", "uniform"', '"--run.seed", "3"', "cannot set run"),
         ('"--reward.mode", "uniform"', '"--reward.mode", "unifrom"', "arm uniform: .*unifrom"),
+        ("seeds = [0, 1]", "seeds = [1, 1]", r"each seed once: 1 is there again"),
+        ("threshold", 'judge = "helpful"\nthreshold', r"arm sparse: compare.judge = helpful must be one of \[\[model"),
+        ('"--reward.mode", "uniform"', '"--reward.gold", "None"', "arm uniform: nothing tells the arms apart"),
+        ("threshold", "in_process = 1\nthreshold", r"arm sparse: compare.in_process: learner.ranks cannot be had"),
+        ("[compare]", "[toy]\nreward_models = [{name = 'sft'}]\n[compare]", "not world, sft or reward; change sft"),
     ],
 )
 def test_wrong_settings_are_one_sentence(config: CompareConfig, wrong: str, right: str, sentence: str) -> None:
@@ -240,6 +248,43 @@ def test_a_finished_run_of_other_settings_is_refused(config: CompareConfig) -> N
     changed = load(CompareConfig, Path("compare.toml"), ["--compare.overrides", '["--ppo.kl_coef", "0.1"]'])
     with pytest.raises(ConfigError, match=r"ppo\.kl_coef"):
         compare(changed, only=[], report_only=False, console=quiet())
+
+
+def test_a_finished_run_of_another_kind_is_refused(config: CompareConfig) -> None:
+    """Nothing in config.toml says how a run was run, with which schedule, or that it went further than asked."""
+    write_all(config)
+    one_rank = ["--compare.overrides", '["--learner.ranks", "1"]']
+    for run in plan_runs(load(CompareConfig, Path("compare.toml"), one_rank)):
+        (run.folder / "config.toml").write_text(to_toml(run.config))
+    screened = load(CompareConfig, Path("compare.toml"), [*one_rank, "--compare.in_process", "1"])
+    with pytest.raises(ConfigError, match="sparse-s0: was run by the system and is now to be screened"):
+        compare(screened, only=["uniform"], report_only=True, console=quiet())
+    for run in plan_runs(screened):
+        with JsonlLog(run.folder / "events.jsonl") as events:
+            events.write({"event": "started", "in_process": True, "schedules": ["ppo.gae_lambda=0.95:1"]})
+    with pytest.raises(ConfigError, match=r"was screened with ppo.gae_lambda=0.95:1 and is now to be screened; set it"):
+        compare(screened, only=[], report_only=True, console=quiet())
+    shutil.rmtree("runs")
+    write_all(config)
+    shorter = load(CompareConfig, Path("compare.toml"), ["--compare.overrides", '["--ppo.steps", "5"]'])
+    with pytest.raises(ConfigError, match=r"ppo\.steps: .*started with 10 and cannot go on with 5"):
+        compare(shorter, only=[], report_only=True, console=quiet())
+
+
+def test_what_auto_came_to_does_not_stop_the_next_call(config: CompareConfig) -> None:
+    plan = plan_runs(load(CompareConfig, Path("compare.toml"), ["--compare.overrides", '["--critic.init", "sft"]']))
+    write_run(plan[2], slope=0.4, final=4.0)
+    assert plan_runs(config)[2].config.critic.init == "auto"
+    assert compare(config, only=[], report_only=True, console=quiet()) == 0
+
+
+def test_a_judge_is_called_by_its_name(config: CompareConfig) -> None:
+    rewards = '[{"name": "helpful", "source": "some/judge", "weight": 0.0}]'
+    judged = f"[compare]\njudge = 'helpful'\noverrides = ['--model.rewards', '{rewards}']"
+    Path("judged.toml").write_text(COMPARISON.replace("[compare]", judged))
+    assert compare(load(CompareConfig, Path("judged.toml"), []), only=[], report_only=True, console=quiet()) == 0
+    table = Path("runs/small/comparison.md").read_text()
+    assert "final score of helpful" in table and "gold" not in table
 
 
 def test_command(config: CompareConfig, capsys: pytest.CaptureFixture[str]) -> None:

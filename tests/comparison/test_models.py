@@ -1,5 +1,6 @@
 """The shared models are asked for with the right sizes, and each part is made once."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,11 @@ import pytest
 from rich.console import Console
 
 from r3hf_ray.comparison import models
-from r3hf_ray.comparison.models import ToyPaths, prepare_toy, stage_configs
+from r3hf_ray.comparison.models import WORLD, ToyPaths, check_toy, prepare_toy, stage_configs
 from r3hf_ray.comparison.settings import CompareConfig, FurtherRewardModel, ToySection
-from r3hf_ray.config import RewardConfig, SFTConfig, load
+from r3hf_ray.config import ConfigError, RewardConfig, SFTConfig, load
 from r3hf_ray.prepare import StageResult
+from r3hf_ray.tracking.run_folder import to_toml
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,6 +37,24 @@ def test_stages_are_those_of_the_quickstart(config: CompareConfig, tmp_path: Pat
     assert reward.reward_training == load(RewardConfig, toy.reward_job, []).reward_training
     longer, (judge,) = stage_configs(toy.model_copy(update={"max_response_tokens": 96}), paths)
     assert longer.sft.max_tokens == judge.reward_training.max_tokens == 112
+
+
+def test_models_of_other_settings_are_refused(config: CompareConfig, tmp_path: Path) -> None:
+    toy, paths = config.toy, ToyPaths(tmp_path)
+    assert toy is not None
+    check_toy(toy, paths)  # nothing is there
+    paths.settings.write_text(json.dumps({name: dict(toy)[name] for name in WORLD}))
+    check_toy(toy, paths)
+    with pytest.raises(ConfigError, match=r"toy\.groups: .* was made with 2000, not 500; set it back"):
+        check_toy(toy.model_copy(update={"groups": 500}), paths)
+    sft, _ = stage_configs(toy, paths)
+    (tmp_path / "sft/model").mkdir(parents=True)
+    (tmp_path / "sft/config.toml").write_text(to_toml(sft))
+    check_toy(toy, paths)
+    slower = to_toml(sft).replace(f"learning_rate = {sft.sft.learning_rate}", "learning_rate = 0.125")
+    (tmp_path / "sft/config.toml").write_text(slower)
+    with pytest.raises(ConfigError, match=r"sft\.learning_rate"):
+        check_toy(toy, paths)
 
 
 def test_further_reward_models_differ_in_what_they_say_only(config: CompareConfig, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from r3hf_ray.comparison.schedules import Schedule, at_step, parse_schedule, remixed
+from r3hf_ray.comparison.schedules import Schedule, at_step, check_schedules, parse_schedule, remixed
 from r3hf_ray.comparison.settings import CompareConfig
 from r3hf_ray.config import ConfigError, PPOConfig, load
 from r3hf_ray.types import Finish, ScoredTrajectory, Trajectory
@@ -62,6 +62,26 @@ schedules = ["reward.beta_c=1:0"]
         load(CompareConfig, tmp_path / "c.toml", [])
     (tmp_path / "c.toml").write_text(text.replace("[[arms]]", "in_process = 2\n[[arms]]"))
     assert load(CompareConfig, tmp_path / "c.toml", []).compare.in_process == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "schedule"),
+    [
+        (["--reward.mode", "abc"], "reward.beta_c=1:0"),
+        (["--reward.beta_c", "0.5"], "reward.beta_c=1:0"),
+        (["--reward.eos_jump", "drop"], "reward.beta_c=1:0"),
+        (["--model.rewards", '[{"name": "brevity", "source": "b"}]'], "reward.beta_c=1:0"),
+        (["--model.cost", "c", "--cost.limit", "0"], "reward.beta_c=1:0"),
+        (["--ppo.kl_target", "6"], "ppo.kl_coef=0.1:0"),
+    ],
+)
+def test_a_schedule_that_would_make_another_method_is_refused(
+    tmp_path: Path, overrides: list[str], schedule: str
+) -> None:
+    (tmp_path / "job.toml").write_text(JOB)
+    check_schedules(load(PPOConfig, tmp_path / "job.toml", []), (parse_schedule(schedule),))
+    with pytest.raises(ConfigError, match=schedule.partition("=")[0]):
+        check_schedules(load(PPOConfig, tmp_path / "job.toml", overrides), (parse_schedule(schedule),))
 
 
 def test_rewards_mix_with_the_terminal_one() -> None:

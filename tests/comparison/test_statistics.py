@@ -2,8 +2,6 @@
 
 import math
 
-import pytest
-
 from r3hf_ray.comparison.statistics import (
     Difference,
     Ratio,
@@ -12,6 +10,7 @@ from r3hf_ray.comparison.statistics import (
     by_cell,
     mean_and_spread,
     mean_near,
+    mean_ratio,
     paired_difference,
     paired_ratios,
     samples_to,
@@ -54,10 +53,9 @@ def test_band_is_over_what_all_seeds_have() -> None:
     assert band([]).x == []
 
 
-def test_cells_mean_what_is_in_them_and_bridge_what_is_not() -> None:
+def test_cells_mean_what_is_in_them_and_invent_none() -> None:
     x, y = by_cell([4.2, 0.2, 0.4, 1.9], [12.0, 1.0, 3.0, 4.0], width=1.0)
-    assert x == [0.5, 1.5, 2.5, 3.5, 4.5]
-    assert y == pytest.approx([2.0, 4.0, 20 / 3, 28 / 3, 12.0])
+    assert (x, y) == ([0.5, 1.5, 4.5], [2.0, 4.0, 12.0])
     assert by_cell([-0.1, 0.1], [1.0, 2.0], width=0.5) == ([-0.25, 0.25], [1.0, 2.0])
     assert by_cell([], [], width=1.0) == ([], [])
 
@@ -74,6 +72,14 @@ def test_spread_needs_two() -> None:
     assert math.isnan(mean_and_spread([])[0])
 
 
+def test_the_mean_ratio_does_not_depend_on_who_is_first() -> None:
+    ratios = [Ratio(seed=0, value=2.0), Ratio(seed=1, value=0.5)]
+    assert mean_ratio(ratios) == 1.0
+    assert mean_ratio([Ratio(seed=0, value=2.0, bound=">"), Ratio(seed=1, value=0.5)]) == 1.0
+    assert math.isnan(mean_ratio([Ratio(seed=0, value=2.0, bound=">"), Ratio(seed=1, value=0.5, bound="<")]))
+    assert math.isnan(mean_ratio([]))
+
+
 def test_ratios_are_of_the_same_seed_and_say_what_is_a_bound() -> None:
     arm = {0: Reach(at=300, of=1920), 1: Reach(at=None, of=1920), 2: Reach(at=480, of=1920), 3: Reach(at=1, of=1920)}
     base = {0: Reach(at=400, of=1920), 1: Reach(at=640, of=1920), 2: Reach(at=None, of=1920), 9: Reach(at=1, of=1920)}
@@ -83,4 +89,9 @@ def test_ratios_are_of_the_same_seed_and_say_what_is_a_bound() -> None:
         Ratio(seed=2, value=0.25, bound="<"),
     ]
     assert paired_ratios({0: Reach(at=None, of=9)}, {0: Reach(at=None, of=9)}) == []
+    at_once, later, never = Reach(at=160, of=960, at_once=True), Reach(at=320, of=960), Reach(at=None, of=960)
+    assert paired_ratios({0: at_once}, {0: at_once}) == []
+    assert paired_ratios({0: at_once}, {0: later}) == [Ratio(seed=0, value=0.5, bound="<")]
+    assert paired_ratios({0: later}, {0: at_once}) == [Ratio(seed=0, value=2.0, bound=">")]
+    assert paired_ratios({0: never}, {0: at_once}) == [Ratio(seed=0, value=6.0, bound=">")]
     assert str(Ratio(seed=1, value=3.0, bound=">")) == ">3.00"

@@ -84,6 +84,9 @@ def test_skip_limit_and_heldout_count_usable_rows(tmp_path: Path, tokenizer: Pre
 def test_nothing_left_is_an_error(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match=r"1 of 1 rows used; data\.skip \(0\) and data\.heldout \(1\) leave nothing"):
         load_pairs(section(tmp_path, [pair(1)], heldout=1), tokenizer, max_tokens=100)
+    rows = [pair(n) for n in range(5)]
+    with pytest.raises(DataError, match=r"5 of 5 rows used; .* data\.heldout \(8\) leave nothing"):
+        load_pairs(section(tmp_path, rows, heldout=8), tokenizer, max_tokens=100)
     with pytest.raises(DataError, match="2 empty answer"):
         load_pairs(section(tmp_path, [pair(1, "")] * 2), tokenizer, max_tokens=100)
 
@@ -92,6 +95,10 @@ def test_an_unreadable_row_stops_with_its_line(tmp_path: Path, tokenizer: PreTra
     data = section(tmp_path, [pair(1), {"prompt": "x", "chosen": 3, "rejected": "y"}])
     with pytest.raises(DataError, match=r"rows\.jsonl:2: is not shaped as data\.format preference"):
         load_pairs(data, tokenizer, max_tokens=100)
+    row = {"prompt": "q", "responses": ["a", "b"]}
+    data = section(tmp_path, [{**row, "scores": [1, 0]}, {**row, "scores": ["high", 1]}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: is not shaped as data\.format ranked: a score is 'high'"):
+        load_groups(data, tokenizer, max_tokens=100)
 
 
 def test_ranked_groups_keep_every_preference(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

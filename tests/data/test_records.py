@@ -130,7 +130,21 @@ def test_well_formed_rows_may_be_unusable(form: str, row: dict[str, Any], reason
         ("preference", {"prompt": "Hi", "chosen": "a"}, "'rejected'"),
         ("preference", {"prompt": "Hi", "chosen": "a", "rejected": None}, "list of messages"),
         ("prompt", {"prompt": [{"role": "user"}]}, "'content'"),
-        ("ranked", {"prompt": "Hi", "responses": ["a"], "pairs": [[0, 1]]}, "outside 0..0"),
+        ("tldr_pairs", {"info": "a post", "summaries": [], "choice": 0}, "info: expected an object, got str"),
+        ("ranked", {"prompt": "Hi", "responses": "ab", "pairs": [[0, 1]]}, "responses: expected a list, got str"),
+        *(
+            ("ranked", {"prompt": "Hi", "responses": ["a", "b"], "pairs": [pair]}, f"a pair is {pair!r}, not [pref")
+            for pair in ([0, 2], [-1, 0], [0, 1, 2], [0], 1, ["high", 0], [0.5, 1], "01")
+        ),
+        *(
+            ("ranked", {"prompt": "Hi", "responses": ["a", "b"], "scores": scores}, what)
+            for scores, what in (
+                (["high", 1], "a score is 'high', not a number"),
+                ([None, 1], "a score is None, not a number"),
+                ([2, 1, 0], "3 scores of 2 responses"),
+                ([2], "1 scores of 2 responses"),
+            )
+        ),
     ],
 )
 def test_rows_of_another_shape_are_refused(form: str, row: dict[str, Any], what: str) -> None:

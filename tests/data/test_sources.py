@@ -65,6 +65,13 @@ def test_a_missing_file_is_no_hub_name(tmp_path: Path) -> None:
         rows(tmp_path / "absent.jsonl")
 
 
+def test_a_dataset_that_is_a_script_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted" / "scripted.py").touch()
+    with pytest.raises(DataError, match=r"^data\.source: .*scripts are no longer supported.*; name one that holds"):
+        open_source(DataSection(source=str(tmp_path / "scripted")))
+
+
 def test_a_hub_name_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*args: object, **kwargs: object) -> None:
         assert kwargs == {"name": None, "data_dir": "harmless-base", "split": "train"}

@@ -1,4 +1,5 @@
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from r3hf_ray.models.load import (
     load_reward_model,
     load_tokenizer,
     require_causal,
+    untrained_reward_model,
 )
 
 
@@ -139,3 +141,11 @@ def test_vocabularies_must_agree(tiny_models, tokenizer):
     other.add_tokens(["new"])
     with pytest.raises(ModelError, match="in 1 tokens"):
         check_same_vocabulary(tokenizer, other)
+
+
+@pytest.mark.parametrize("head", ["last_token", "running_sum"])
+def test_a_base_without_weights_is_one_sentence(tiny_models, tmp_path, head):
+    shutil.copy(tiny_models.policy / "config.json", tmp_path)
+    with pytest.raises(ModelError, match="cannot be loaded as base model: ") as error:
+        untrained_reward_model(tmp_path, head=head)
+    assert "\n" not in str(error.value)

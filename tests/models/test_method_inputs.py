@@ -43,7 +43,11 @@ ALL = [
 @pytest.fixture(scope="module")
 def settings(tiny_models):
     return ScoringSettings(
-        reward_model=str(tiny_models.reward), reference=str(tiny_models.policy), temperature=1.0, suffix_ids=(7,)
+        reward_model=str(tiny_models.reward),
+        reference=str(tiny_models.policy),
+        tokenizer=str(tiny_models.policy),
+        temperature=1.0,
+        suffix_ids=(7,),
     )
 
 

@@ -1,5 +1,6 @@
 """One process of scoring: rewards that add up, at the reward model's own position, and failures that are never data."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -53,6 +54,7 @@ def settings(tiny_models: Any) -> ScoringSettings:
     return ScoringSettings(
         reward_model=str(tiny_models.reward),
         reference=str(tiny_models.policy),
+        tokenizer=str(tiny_models.policy),
         temperature=TEMPERATURE,
         suffix_ids=SUFFIX,
     )
@@ -180,17 +182,21 @@ def test_every_model_is_redistributed_by_the_same_rules(several: ScoringSettings
         assert item.components["helpful"].score != item.score
 
 
-@pytest.mark.parametrize("change", [{}, {"eos_jump": "drop"}, {"subtract_prompt_score": False}])
+@pytest.mark.parametrize("change", [{}, {"eos_jump": "spread"}, {"subtract_prompt_score": False}])
 def test_one_models_prefixes_carry_the_others_reward(several: ScoringSettings, change: dict[str, Any]) -> None:
+    """Whatever the rule for the jump at EOS, the sum is the main model's."""
     settings = replace(several, prefixes_from="helpful", **change)
     for item, plain in zip(scored(Scorer(settings), ALL), scored(Scorer(several), ALL), strict=True):
         start, helpful = item.trajectory.prompt_len, item.components["helpful"]
         assert (item.score, item.prompt_score) == (plain.score, plain.prompt_score)
         prefixes = item.prompt_score + helpful.prefix_scores[start:-1] - helpful.prompt_score
         np.testing.assert_allclose(item.prefix_scores[start:-1], prefixes, rtol=0, atol=4e-6)
-        np.testing.assert_allclose(item.token_rewards[start + 1 : -1], np.diff(prefixes), rtol=0, atol=4e-6)
-        if not change:
-            assert item.token_rewards.sum() == pytest.approx(item.score - item.prompt_score, abs=4e-6)
+        subtracted = 0.0 if "subtract_prompt_score" in change else item.prompt_score
+        jump = item.score - (prefixes[-1] if len(prefixes) else item.prompt_score)
+        spread = change.get("eos_jump") == "spread" and item.trajectory.finish is Finish.EOS
+        each = jump / (len(prefixes) + 1) if spread else 0.0
+        np.testing.assert_allclose(item.token_rewards[start + 1 : -1], np.diff(prefixes) + each, rtol=0, atol=4e-6)
+        assert item.token_rewards.sum() == pytest.approx(item.score - subtracted, abs=4e-6)
 
 
 def test_the_coordinator_hears_every_models_score(several: ScoringSettings) -> None:
@@ -306,6 +312,33 @@ def test_a_number_that_is_not_finite_is_a_failure_and_the_others_stay(
     assert failure.reason.startswith(f"{field} gives a ") and "not finite" in failure.reason
     for ours, theirs in zip(results[:1] + results[2:], sound[:1] + sound[2:], strict=True):
         np.testing.assert_array_equal(ours.token_rewards, theirs.token_rewards)
+
+
+@pytest.mark.parametrize("name", [MAIN, "helpful"])
+def test_prefixes_that_are_not_finite_are_the_lenders(several: ScoringSettings, name: str) -> None:
+    """They are in the main model's rewards too, whose own score is sound."""
+    broken = Scorer(replace(several, prefixes_from="helpful"))
+    with torch.no_grad():
+        model_of(broken, name).get_input_embeddings().weight[16] = float("nan")
+    failure = broken.score([CUT])[0]
+    assert isinstance(failure, Failure)
+    field = "model.reward_model" if name == MAIN else "model.rewards helpful"
+    assert failure.reason.startswith(f"{field} gives a score")
+
+
+def test_the_policys_tokenizer_spells_what_was_sampled(
+    several: ScoringSettings, foreign: ScoringSettings, tiny_models: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """For the translation, the ends of sentences and the judge; the reference needs none of its own."""
+    shutil.copytree(tiny_models.policy, bare := tmp_path_factory.mktemp("bare") / "reference")
+    for file in bare.glob("*token*"):
+        file.unlink()
+    judged = replace(foreign, gold="math:dist", mode="segment", segment_by="ngram")
+    ours, theirs = (scored(Scorer(replace(judged, reference=source)), ALL) for source in (str(bare), foreign.reference))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.token_rewards.tobytes() == other.token_rewards.tobytes()
+    with pytest.raises(ModelError, match="no token ends a sentence"):
+        Scorer(replace(several, reference=str(bare), mode="segment", segment_by="sentence"))
 
 
 def test_a_reward_head_that_is_nan_never_becomes_data(settings: ScoringSettings) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from r3hf_ray.models.load import ModelError
 from r3hf_ray.models.translation import Translation, Translator, prompt_key, spell
@@ -170,6 +171,32 @@ def test_each_format_has_its_own_start(tokenizers):
     assert retold.boundary.tolist() == [5, 9, 9]
     bare = translator(policy, reader, policy_before=" ").response(encode(policy, "cat"), finished=False)
     assert reader.decode(bare.token_ids) == "cat", "a start that was not sampled is not taken away"
+
+
+@pytest.mark.parametrize("name", ["long", "bytes", "fallback", "words", "pieces"])
+def test_control_tokens_that_the_policy_wrote_are_letters(tokenizers, name):
+    """In its own tokens they are plain text; what the reward model's format puts before an answer is its own to say."""
+    policy, reader = tokenizers["bytes"], pieces() if name == "pieces" else tokenizers[name]
+    written = [token for part in ("the", "<", "eos", ">", " the") for token in encode(policy, part)]
+    assert 2 in encode(reader, policy.decode(written)), "its tokenizer would read the end of the answer"
+    retold = translator(policy, reader, before="<bos> ").response([*written, 2], finished=True)
+    (bos,) = encode(reader, "<bos>")
+    assert retold.token_ids[0] == bos and 2 not in retold.token_ids
+    assert not {bos, 2} & set(retold.token_ids[1:].tolist())
+    if name == "long":
+        tokens = reader.convert_ids_to_tokens(retold.token_ids.tolist())
+        assert tokens == ["<bos>", "Ġthe", "<", "e", "o", "s", ">", *reader.tokenize(" the")]
+        assert retold.boundary[0] == 0, "its own control token says nothing of the answer"
+    assert 2 in encode(reader, "<eos>"), "the tokenizer itself is left as it was"
+
+
+def pieces() -> PreTrainedTokenizerFast:
+    """Unigram as in SentencePiece: control tokens are pieces of the vocabulary, and likelier than any other."""
+    letters = {letter: -3.0 for letter in "▁the<os>"}
+    scores = {"<unk>": 0.0, "<bos>": 0.0, "<eos>": 0.0, **letters}
+    backend = Tokenizer(models.Unigram(list(scores.items()), unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>")
 
 
 def test_spaces_stay_where_they_were_sampled(tokenizers):

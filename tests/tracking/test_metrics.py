@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from r3hf_ray.config import ConfigError
 from r3hf_ray.tracking.metrics import METRICS, JsonlLog, describe, next_attempt, read_jsonl, read_metrics
 
 
@@ -47,7 +48,7 @@ def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
 def test_a_damaged_line_inside_is_an_error_with_file_and_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
-    with pytest.raises(ValueError, match=re.escape("metrics.jsonl:2")):
+    with pytest.raises(ConfigError, match=re.escape("metrics.jsonl:2: is no JSON object; remove the line")):
         read_jsonl(path)
 
 

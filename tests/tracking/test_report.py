@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from plotly.offline import get_plotlyjs
 
+from r3hf_ray.config import ConfigError
 from r3hf_ray.tracking.figures import CREDIT, LEARNING, MAX_POINTS, SYSTEM, UPDATE, series, sparkline, thinned
 from r3hf_ray.tracking.metrics import METRICS, JsonlLog, read_metrics
 from r3hf_ray.tracking.report import MAX_DUMPS, write_report
@@ -53,6 +54,14 @@ def test_nothing_is_loaded(page_of, tmp_path, make_run):
     text = (tmp_path / "toy" / "report.html").read_text().replace(get_plotlyjs(), "")
     text = text.replace("http://www.w3.org/2000/svg", "")  # a namespace, not an address
     assert not re.search(r"https?://|@import|url\(", text)
+
+
+def test_a_damaged_line_is_refused_with_its_place(tmp_path, make_run):
+    folder = make_run(tmp_path / "toy")
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    (folder / "events.jsonl").write_text("\n".join([lines[0], lines[1][:-5], *lines[2:]]) + "\n")
+    with pytest.raises(ConfigError, match=r"events\.jsonl:2: is no JSON object"):
+        write_report(folder)
 
 
 def test_every_metric_is_in_the_table_and_every_curve_has_all_its_numbers(page_of, tmp_path, make_run):
@@ -110,6 +119,41 @@ def test_the_truth_is_explained_where_it_is_known(page_of, tmp_path, make_run, t
         "tok plus-mark",
         "tok minus-mark",
     ]
+
+
+STEP = "a token's reward is the step the line takes there"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said", "unsaid"),
+    [
+        ("", [STEP + "."], ["summed over spans"]),
+        ('mode = "r3hf"', [STEP + "."], ["summed over spans"]),
+        ('mode = "segment"', [STEP + ", summed over spans."], []),
+        ('mode = "terminal"', [], [STEP]),
+        ('mode = "uniform"', [], [STEP]),
+        ('mode = "abc"', [], [STEP]),
+        ('mode = "mine:paid"', [], [STEP]),
+        ("beta_c = 0.5", [], [STEP]),
+        ('eos_jump = "spread"', [], [STEP]),
+    ],
+)
+def test_what_a_tokens_reward_is_depends_on_the_method(page_of, tmp_path, make_run, settings, said, unsaid):
+    folder = make_run(tmp_path / "toy")
+    (folder / "config.toml").write_text(f"[reward]\n{settings}\n")
+    text = " ".join(" ".join(page_of(folder).texts).split())
+    assert "score of everything up to that token" in text
+    assert all(words in text for words in said) and not any(words in text for words in unsaid)
+
+
+def test_steps_are_divided_by_the_spread_and_belong_to_one_model(page_of, tmp_path, make_run):
+    folder = make_run(tmp_path / "toy")
+    with JsonlLog(folder / "events.jsonl") as log:
+        log.write({"time": 1e9 + 8, "event": "calibrated", "mean": 0.5, "std": 2.0})
+    assert f"{STEP}, divided by the spread of scores" in " ".join(" ".join(page_of(folder).texts).split())
+    (folder / "config.toml").write_text('[model]\ncost = "costs"\n')
+    text = " ".join(" ".join(page_of(folder).texts).split())
+    assert STEP not in text and "the first reward model's score of everything" in text
 
 
 def test_dumps_of_an_older_version_have_a_report_without_methods(page_of, tmp_path, make_run):

@@ -101,7 +101,7 @@ def test_a_tracker_that_does_not_start_online_goes_on_offline(wandb_env, monkeyp
     warnings = []
     run = WandbRun(wandb_env / "toy", TrackingSection(wandb="online"), name="toy", config={}, warn=warnings.append)
     run.log({"a": 1.0})
-    assert modes == ["online", "offline"] and len(warnings) == 2 and run.url is None
+    assert modes == ["online", "offline"] and len(warnings) == 2
 
 
 def test_disabled_leaves_no_trace(wandb_env):

@@ -67,6 +67,7 @@ def configuration(**sections) -> PPOConfig:
         "model": {"policy": "p", "reward_model": "r"},
         "data": {"source": "none"},
         "rollout": {"prompts_per_step": 2, "samples_per_prompt": 3},
+        "cost": {"limit": 0.0},
     }
     return PPOConfig(**{name: given.get(name, {}) | sections.get(name, {}) for name in given.keys() | sections.keys()})
 
@@ -443,6 +444,16 @@ def test_guard_rails_are_those_of_the_data(tiny_models):
     assert ppo.update(ALL[:3], minibatch_of=[plan[:3] for plan in PLANS])["rollout/length_drift"] == pytest.approx(
         (13 / 3) / (26 / 6) - 1, abs=1e-6
     )
+
+
+def test_a_tokenizer_that_does_not_meet_matters_where_prefixes_are_read(tiny_models):
+    """The score of the whole response is the same however it is cut, so a sparse reward loses nothing."""
+    items = [replace(item, alignment_loss=0.25 * (i % 2)) for i, item in enumerate(ALL)]
+    sparse = [replace(item, token_rewards=sparse_rewards(item)) for item in items]
+    dense = learner(tiny_models).update(items, minibatch_of=PLANS)
+    terminal = learner(tiny_models, reward={"mode": "terminal"}).update(sparse, minibatch_of=PLANS)
+    assert dense["r3hf/alignment_loss"] == 0.125
+    assert "r3hf/alignment_loss" not in terminal
 
 
 def test_without_a_critic_checkpoints_and_capsules_work(tiny_models, tmp_path):

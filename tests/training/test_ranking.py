@@ -1,5 +1,6 @@
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,6 @@ from r3hf_ray.training.ranking import (
     RankedGroup,
     cut_fraction,
     cut_length,
-    last_token_scores,
     pair_accuracy,
     scores_of_prefixes,
     train_ranked,
@@ -57,10 +57,14 @@ def parameters(model: PreTrainedModel) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def whole_scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+    return scores_of_prefixes(model, sequences, [(i, len(ids)) for i, ids in enumerate(sequences)], pad_id=PAD)
+
+
 def test_scores_are_the_plain_models_at_the_last_token() -> None:
     model = make_model().eval()
     sequences = [[1, 5, 6, 2], [1, 5], [1, 9, 8, 7, 6, 5, 2], [1, 5, 0, 0]]  # the last one ends with pad ids of its own
-    scores = last_token_scores(model, sequences, pad_id=PAD)
+    scores = whole_scores(model, sequences)
     assert scores.dtype == torch.float32
     for ids, score in zip(sequences, scores.tolist(), strict=True):
         alone = model.score(model.model(input_ids=torch.tensor([ids])).last_hidden_state)[0, -1, 0]
@@ -73,7 +77,7 @@ def test_first_step_is_the_bradley_terry_loss_over_the_given_pairs() -> None:
     model = make_model()
     pairs = [(0, 1), (2, 1), (1, 0), (2, 0)]
     group = RankedGroup(prompt_tokens=1, sequences=[[1, 5, 2], [1, 6, 6, 2], [1, 7, 2]], pairs=pairs)
-    a, b, c = last_token_scores(model, group.sequences, pad_id=PAD).tolist()
+    a, b, c = whole_scores(model, group.sequences).tolist()
     seen: list[dict[str, float]] = []
     metrics = train_ranked(
         model, [group], pad_id=PAD, learning_rate=1e-3, steps=1, groups_per_step=1, seed=0, center_coef=0.01,
@@ -95,7 +99,7 @@ def test_scores_of_cut_sequences_are_those_of_the_cut_sequences_alone(head: str)
     scores = scores_of_prefixes(model, sequences, prefixes, pad_id=PAD)
     alone = [model(input_ids=torch.tensor([sequences[i][:n]])).logits.item() for i, n in prefixes]
     torch.testing.assert_close(scores, torch.tensor(alone), rtol=0, atol=2e-6)
-    whole = last_token_scores(model, sequences, pad_id=PAD)
+    whole = whole_scores(model, sequences)
     torch.testing.assert_close(whole, scores[[4, 7, 14]], rtol=0, atol=1e-6)
 
 
@@ -179,7 +183,7 @@ def test_it_learns_a_noisy_rule_and_is_seeded(head: str, prefix_weight: float) -
 def test_pair_accuracy_counts_pairs_and_halves_ties() -> None:
     model = make_model()
     high, low = [1, 5, 2], [1, 6, 2]
-    if last_token_scores(model, [high], pad_id=PAD) < last_token_scores(model, [low], pad_id=PAD):
+    if whole_scores(model, [high]) < whole_scores(model, [low]):
         high, low = low, high
     right = RankedGroup(prompt_tokens=1, sequences=[high, low], pairs=[(0, 1)])
     wrong = replace(right, pairs=[(1, 0), (1, 0)])
@@ -198,6 +202,26 @@ def test_groups_without_pairs_are_refused() -> None:
         train_ranked(
             make_model(), [RankedGroup(prompt_tokens=2, sequences=[[1, 5, 2], [1, 5]], pairs=[(0, 1)])], **settings
         )
+
+
+@HEADS
+def test_bfloat16_rounds_the_trunk_and_still_learns(head: str) -> None:
+    """The weights and their step stay in float32; so does the head, whose scores are not all bfloat16 numbers."""
+    groups, heldout = make_groups(150, 5), make_groups(40, 3, seed=9)
+    settings = {"pad_id": PAD, "learning_rate": 3e-3, "groups_per_step": 8, "seed": 0, "prefix_weight": 0.5}
+    first = {
+        dtype: train_ranked(make_model(head=head), groups, steps=1, **settings, dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert first[torch.float32] == train_ranked(make_model(head=head), groups, steps=1, **settings)
+    rounded, exact = first[torch.bfloat16]["loss"], first[torch.float32]["loss"]
+    assert rounded != exact and rounded == pytest.approx(exact, rel=0.02)
+    model = make_model(head=head)
+    train_ranked(model, groups, steps=60, **settings, dtype=torch.bfloat16)
+    assert pair_accuracy(model, heldout, pad_id=PAD) > 0.9
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    scores = scores_of_prefixes(model, [[1, 7, 8, 2]], [(0, 2), (0, 4)], pad_id=PAD, dtype=torch.bfloat16)
+    assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:

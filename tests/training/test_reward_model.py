@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from r3hf_ray.config import RewardConfig
 from r3hf_ray.models.load import ensure_distinct_pad, load_reward_model, score_head, untrained_reward_model
 from r3hf_ray.training import reward_model
-from r3hf_ray.training.ranking import RankedGroup, cut_fraction, cut_length, last_token_scores, pair_accuracy
+from r3hf_ray.training.ranking import RankedGroup, cut_fraction, cut_length, pair_accuracy, scores_of_prefixes
 from r3hf_ray.training.reward_model import Pair, binomial_interval, train_on_groups, train_on_pairs
 
 PAIRS = [Pair(prompt_ids=[1, 5 + i, 20], chosen_ids=[30, 33 + i % 4, 2], rejected_ids=[31, 2]) for i in range(12)]
@@ -39,7 +39,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
     def scored_and_saved(model, tokenizer, folder) -> None:
         with torch.no_grad():
-            scores.append(last_token_scores(model.eval(), SEQUENCES, pad_id=tokenizer.pad_token_id))
+            scores.append(scores_of_prefixes(model.eval(), SEQUENCES, WHOLE, pad_id=tokenizer.pad_token_id))
         save(model, tokenizer, folder)
 
     monkeypatch.setattr(reward_model, "save_model", scored_and_saved)
@@ -47,6 +47,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 
 SEQUENCES = [list(ids) for group in [*(pair.as_group() for pair in PAIRS), *GROUPS] for ids in group.sequences]
+WHOLE = [(row, len(ids)) for row, ids in enumerate(SEQUENCES)]
 
 
 def plain_scores(folder: Path, sequences: list[list[int]]) -> torch.Tensor:
@@ -61,7 +62,7 @@ def check_folder(folder: Path, groups: list[RankedGroup], trained: list[torch.Te
     model = load_reward_model(folder, torch.float32)
     ids = model.config.get_text_config()
     with torch.no_grad():
-        assert torch.equal(last_token_scores(model, SEQUENCES, pad_id=ids.pad_token_id), trained[0])
+        assert torch.equal(scores_of_prefixes(model, SEQUENCES, WHOLE, pad_id=ids.pad_token_id), trained[0])
     torch.testing.assert_close(plain_scores(folder, SEQUENCES), trained[0], rtol=1e-5, atol=1e-6)
     assert ids.pad_token_id != ids.eos_token_id
     assert pair_accuracy(model, groups, pad_id=ids.pad_token_id) > 0.95
@@ -110,6 +111,39 @@ def test_ranked_groups_end_in_the_same_kind_of_folder(
     assert set(rows[0][1]) == {f"reward_model/{name}" for name in names}
     assert rows[-1][1]["eval/heldout/pair_pairs"] == 6.0
     check_folder(tmp_path / "model", GROUPS, trained)
+
+
+def test_a_model_that_cannot_be_measured_is_kept(
+    base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object, **options: object) -> float:
+        raise RuntimeError("no backend for this tensor")
+
+    monkeypatch.setattr(reward_model, "pair_accuracy", broken)
+    settings = config(base_model, groups_per_step=4, steps=1)
+    with pytest.raises(RuntimeError, match="no backend"):
+        train_on_groups(settings, GROUPS, GROUPS, folder=tmp_path / "model", on_metrics=lambda step, metrics: None)
+    load_reward_model(tmp_path / "model", torch.float32)
+
+
+def test_ranked_groups_are_trained_in_the_configured_dtype(base_model: Path, tmp_path: Path) -> None:
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        rows: Rows = []
+        settings = config(base_model, groups_per_step=4, steps=2)
+        settings = settings.model_copy(update={"model": settings.model.model_copy(update={"dtype": dtype})})
+        train_on_groups(
+            settings,
+            GROUPS,
+            [],
+            folder=tmp_path / dtype,
+            on_metrics=lambda step, metrics, rows=rows: rows.append((step, metrics)),
+        )
+        losses[dtype] = rows[-1][1]["reward_model/loss"]
+        weights = load_reward_model(tmp_path / dtype, torch.float32).state_dict()
+        assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights.values())
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
 
 
 @pytest.fixture(scope="module")

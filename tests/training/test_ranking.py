@@ -1,14 +1,10 @@
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.functional import logsigmoid
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
@@ -237,31 +233,17 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
 SETTINGS = {"pad_id": PAD, "learning_rate": 1e-3, "steps": 3, "groups_per_step": 3, "seed": 3, "prefix_weight": 0.5}
 
 
-def train_on_rank(rank: int, folder: Path) -> dict:
-    """One of two ranks; its seed is its rank, since rank 0's parameters must be the ones that count."""
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=120))
-    try:
+def test_two_ranks_equal_one_process(run_ranks: Callable[..., list[dict]]) -> None:
+    """Three groups a step over two ranks: shares of unlike size, so averaging over ranks would show."""
+
+    def on_a_rank(rank: int) -> dict:
+        """Its seed is its rank, since rank 0's parameters must be the ones that count."""
         model = make_model(seed=rank)
         metrics = train_ranked(model, make_groups(8, 4), **SETTINGS)
         accuracy = pair_accuracy(model, make_groups(5, 4, seed=1), pad_id=PAD)
-    finally:
-        dist.destroy_process_group()
-    return {"parameters": parameters(model), "metrics": metrics, "accuracy": accuracy}
+        return {"parameters": parameters(model), "metrics": metrics, "accuracy": accuracy}
 
-
-def second_rank(folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.save(train_on_rank(1, folder), folder / "1.pt")
-
-
-def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    """Three groups a step over two ranks: shares of unlike size, so averaging over ranks would show."""
-    other = mp.get_context("spawn").Process(target=second_rank, args=(tmp_path,))
-    other.start()
-    first = train_on_rank(0, tmp_path)
-    other.join()
-    second = torch.load(tmp_path / "1.pt")
+    first, second = run_ranks(on_a_rank)
     assert torch.equal(first["parameters"], second["parameters"])
     model = make_model(seed=0)
     metrics = train_ranked(model, make_groups(8, 4), **SETTINGS)

@@ -30,19 +30,21 @@ def screened(runs: Sequence[PlannedRun], *, processes: int) -> Iterator[tuple[Pl
     """
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, mp_context=context)
+    done = False
     with _threads(1):
         try:
             waiting: dict[Future[dict[str, Any]], PlannedRun] = {pool.submit(_run, run): run for run in runs}
             for future in as_completed(waiting):
                 yield waiting[future], future.result()
+            done = True
         except BrokenProcessPool:
             raise RunFailed(
                 f"one of the {processes} processes of the screening died, perhaps for want of memory: lower "
                 "compare.in_process; the same command goes on with the runs that have not finished"
             ) from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children():
+            pool.shutdown(wait=done, cancel_futures=True)
+            for child in () if done else multiprocessing.active_children():
                 child.terminate()
 
 

@@ -31,17 +31,22 @@ POINTS = 30
 TONES = {"met": "good", "missed": "bad", "not run": "plain"}
 
 
-def write_comparison(folder: Path, config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[Bar]) -> Path:
-    """Write the page, the table and the numbers over what an earlier call left there; returns the page."""
+def write_comparison(
+    folder: Path, config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[Bar], lacking: str
+) -> Path:
+    """Write the page, the table and the numbers over what an earlier call left there; returns the page.
+
+    ``lacking`` says which arms of a whole comparison are not here (`baselines.lacking`).
+    """
     page = write_page(
-        folder, NAME, comparison_page(config, results, bars), cards=[], numbers=numbers(config, results, bars)
+        folder, NAME, comparison_page(config, results, bars, lacking), cards=[], numbers=numbers(config, results, bars)
     )
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    (folder / f"{NAME}.md").write_text(markdown(config, results, bars, written=written), encoding="utf-8")
+    (folder / f"{NAME}.md").write_text(markdown(config, results, bars, lacking, written=written), encoding="utf-8")
     return page
 
 
-def comparison_page(config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[Bar]) -> Page:
+def comparison_page(config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[Bar], lacking: str) -> Page:
     """The page, from the results."""
     missed = any(bar.verdict == "missed" for bar in bars)
     runs = [run for result in results for run in result.runs]
@@ -76,7 +81,7 @@ def comparison_page(config: CompareConfig, results: Sequence[ArmResult], bars: S
             Section(
                 id="numbers",
                 title="All numbers",
-                intro="As in comparison.md and comparison.json. One seed is a hint, three are little more.",
+                intro="As in comparison.md and comparison.json. One seed is a hint, three are little more. " + lacking,
                 tables=[arm_table(config, results), paired_table(config, results), run_table(config, results)],
             ),
         ],

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from r3hf_ray.actors.pipeline import RunFailed, sentence_of
 from r3hf_ray.comparison.bars import arm_results, judge_bars
+from r3hf_ray.comparison.baselines import lacking
 from r3hf_ray.comparison.models import ToyPaths, check_toy, prepare_toy, toy_overrides
 from r3hf_ray.comparison.page import write_comparison
 from r3hf_ray.comparison.records import PlannedRun, Record, is_finished, read_record
@@ -121,7 +122,7 @@ def report(config: CompareConfig, plan: Sequence[PlannedRun], console: Console) 
     """Write page, table and numbers from what the folders hold, and say what became of the expectations."""
     results = arm_results(config, read_records(config, plan))
     bars = judge_bars(config, results)
-    page = write_comparison(root_of(config), config, results, bars)
+    page = write_comparison(root_of(config), config, results, bars, lacking(plan))
     for bar in bars:
         console.print(f"{bar.verdict}: {bar.sentence}: {bar.found}", markup=False)
     return page

@@ -83,12 +83,14 @@ def run_table(config: CompareConfig, results: Sequence[ArmResult]) -> Table:
 SCREENED = ", screened: each run in one process, with the system's engine, scorer and learner but without Ray"
 
 
-def markdown(config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[Bar], *, written: str) -> str:
+def markdown(
+    config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[Bar], lacking: str, *, written: str
+) -> str:
     """The tables and expectations as a Markdown page."""
     tables = [arm_table(config, results), paired_table(config, results), run_table(config, results)]
     parts = [
         f"# {config.run.name}",
-        summary(config, results, bars),
+        f"{summary(config, results, bars)} {lacking}".strip(),
         *(
             ["## Expected", "\n".join(f"- **{bar.verdict}**: {bar.sentence}: {bar.found}" for bar in bars)]
             if bars

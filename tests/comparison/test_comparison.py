@@ -12,6 +12,7 @@ from rich.console import Console
 from r3hf_ray import cli
 from r3hf_ray.actors.pipeline import RunFailed
 from r3hf_ray.comparison import run as comparison
+from r3hf_ray.comparison.baselines import lacking
 from r3hf_ray.comparison.records import PlannedRun
 from r3hf_ray.comparison.run import compare, plan_runs, read_records
 from r3hf_ray.comparison.settings import CompareConfig
@@ -201,6 +202,16 @@ def test_page_table_and_numbers_say_the_same(config: CompareConfig) -> None:
     assert "out of &lt;memory&gt;" in page and "out of <memory>" not in page
     assert page.count("* plotly.js v") == 1 and "default-src 'none'" in page
     assert not re.search(r"<(script|link|img)[^>]* (src|href)=", page)
+
+
+def test_baselines_that_are_not_there_are_named(config: CompareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(config, only=[], report_only=True, console=quiet())
+    page, table = (Path(f"runs/small/comparison.{kind}").read_text() for kind in ("html", "md"))
+    for text in (page, table):
+        assert "Not compared here: terminal, cold critic, lambda 1; terminal, reward model" in text
+        assert "terminal, cold critic, lambda 0.95" not in text and "r3hf, cold critic, lambda 0.95" not in text
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert lacking(plan_runs(load(CompareConfig, Path("jobs/compare_toy.toml"), []))) == ""
 
 
 def test_curves_have_bands_over_seeds_and_the_baseline_is_grey(config: CompareConfig) -> None:

@@ -209,7 +209,7 @@ def check_record(config: CompareConfig, run: PlannedRun) -> None:
             f"{run.folder}: was {_way(*was)} and is now to be {_way(*own)}; set it back, remove it, or call the "
             "arm or the comparison something else"
         )
-    may_change = PPO_MAY_CHANGE - {"ppo.steps", "evaluation"}
+    may_change = (PPO_MAY_CHANGE | {"weights"}) - {"ppo.steps", "evaluation"}  # how weights travel changes no number
     if run.config.critic.init == "auto":  # the run wrote down what that came to, which follows from the models
         may_change |= {"critic.init"}
     check_run(run.config, run.config.run, resume=True, may_change=may_change)

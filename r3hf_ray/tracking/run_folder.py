@@ -18,7 +18,6 @@ PPO_MAY_CHANGE = frozenset(
         "tracking",
         "evaluation",
         "reward.gold_credit",
-        "weights",
         *(f"rollout.{name}" for name in ("actors", "cpus_per_actor", "gpus_per_actor", "threads")),
         *(f"rollout.{name}" for name in ("kv_cache_gb", "gpu_memory_utilization", "engine_args")),
         *(f"reward.{name}" for name in ("actors", "cpus_per_actor", "gpus_per_actor", "threads")),

@@ -115,7 +115,19 @@ class RolloutActor:
             for request in requests
         ]
         prompts = [{"prompt_token_ids": request.token_ids.tolist()} for request in requests]
-        return self._llm.generate(prompts, params, use_tqdm=False)
+        try:
+            return self._llm.generate(prompts, params, use_tqdm=False)
+        except Exception:
+            self._forget()
+            raise
+
+    def _forget(self) -> None:
+        """Drop what a failed call left in the engine.
+
+        vLLM counts those tokens as computed and never schedules them again: the next call would wait for ever.
+        """
+        engine = self._llm.llm_engine
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
 
     def _trajectory(self, request: Request, output: Any) -> Trajectory | Failure:
         sampled = output.outputs[0]
@@ -163,6 +175,10 @@ def make_engine(settings: EngineSettings) -> Any:
         "max_num_seqs": 256,
         "disable_log_stats": True,
     }
+    if not settings.on_gpu:
+        # vLLM 0.32 rewinds the generator of a seeded request whose prompt was cut in chunks, which a CPU generator
+        # cannot do: with more prompt tokens than one step takes, the whole call would fail.
+        defaults |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, settings.max_model_len)}
     return LLM(
         model=settings.model,
         skip_tokenizer_init=True,

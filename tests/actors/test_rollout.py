@@ -257,6 +257,12 @@ def test_tokens_are_as_sampled_with_eos_and_a_finish(world: World) -> None:
     assert all(len(different) > 1 for different in by_prompt.values()), "each sample has its own seed"
 
 
+def test_more_prompt_tokens_than_one_step_takes_are_sampled(world: World) -> None:
+    """vLLM 0.32 on a CPU cannot cut a seeded request's prompt in chunks; 4096 tokens are one step."""
+    world.sync("untied")
+    assert len(world.generate("untied", requests_of([random_prompt(seed, 40) for seed in range(130)]))) == 130
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_seeds_decide_every_bit_however_requests_are_chunked(world: World, kind: str) -> None:
     asked = requests_of(prompts(), samples=3)

@@ -50,6 +50,23 @@ class Samplers:
     def cached_tokens(self, kind: str, requests: list[Request]) -> list[int]:
         return [output.num_cached_tokens for output in self.of[kind]._sample(requests)]
 
+    def interrupted(self, kind: str, requests: list[Request]) -> int:
+        """A call that fails after the engine's first step; how many requests are still in the engine then."""
+        engine = self.of[kind]._llm.llm_engine
+        step = engine.step
+
+        def once() -> None:
+            step()
+            raise RuntimeError("lost")
+
+        engine.step = once
+        try:
+            with pytest.raises(RuntimeError, match="lost"):
+                self.of[kind].generate(requests)
+        finally:
+            engine.step = step
+        return len(engine.output_processor.request_states)
+
     def load_without_repacking(self, kind: str, publication: Publication) -> Loaded:
         from r3hf_ray.actors import weights
 
@@ -261,6 +278,14 @@ def test_more_prompt_tokens_than_one_step_takes_are_sampled(world: World) -> Non
     """vLLM 0.32 on a CPU cannot cut a seeded request's prompt in chunks; 4096 tokens are one step."""
     world.sync("untied")
     assert len(world.generate("untied", requests_of([random_prompt(seed, 40) for seed in range(130)]))) == 130
+
+
+def test_a_call_that_failed_leaves_nothing_in_the_engine(world: World) -> None:
+    """Else the next call would wait for requests that are never scheduled again."""
+    world.sync("untied")
+    requests = requests_of([random_prompt(seed, 4) for seed in range(6)])
+    assert world.call("interrupted", "untied", requests) == 0
+    assert len(world.generate("untied", requests)) == 6
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -100,7 +100,7 @@ function card(response, label, scale) {
   if (response.gold !== null) facts.append(fact("gold", show(response.gold, 2)));
   facts.append(fact("rewards sum", show(response.total, 2)), fact("tokens", response.length));
   facts.append(response.finish === "eos" ? element("span", "", "ended by the policy") : element("span", "cut", "cut at the limit"));
-  facts.append(element("span", "", `prompt ${response.prompt_id}.${response.sample}`));
+  facts.append(element("span", "", `prompt ${response.prompt_id}, sample ${response.sample}`));
   const ends = element("div", "ends"), path = scorePath(response), tokens = tokenNodes(response, scale), last = response.prefix_score.length - 1;
   ends.append(element("span", "", `${show(response.prefix_score[0], 2)} after the first token`), element("span", "", `score after the last ${show(response.prefix_score[last], 2)}`));
   box.append(facts, element("div", "prompt", response.prompt), tokens, path, ends);

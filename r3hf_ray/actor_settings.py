@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from r3hf_ray.actors.rollout import EngineSettings
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.models.scoring import ScoringSettings
 from r3hf_ray.preflight import Plan, reward_sources
+from r3hf_ray.scoring.scorer import ScoringSettings
 from r3hf_ray.types import MAIN
 
 

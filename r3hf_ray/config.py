@@ -17,6 +17,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from r3hf_ray.errors import ConfigError
 from r3hf_ray.sections.actors import LearnerSection, RolloutSection, TrainerSection, WeightsSection
 from r3hf_ray.sections.data import DataSection
 from r3hf_ray.sections.models import BaseModelSection, CostSection, ModelSection
@@ -25,10 +26,6 @@ from r3hf_ray.sections.rewards import RewardSection
 from r3hf_ray.sections.runs import EvaluationSection, RunSection, TrackingSection
 from r3hf_ray.sections.stages import RewardTrainingSection, SFTSection
 from r3hf_ray.types import MAIN
-
-
-class ConfigError(ValueError):
-    """The configuration, the data or a model folder cannot be used; the command exits with code 2."""
 
 
 class Command(BaseSettings):

@@ -5,18 +5,16 @@ The learner group runs in a thread (`TorchTrainer.fit()` blocks). Only this proc
 """
 
 import os
-import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import AuthenticationError, RayError
+from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 from rich.console import Console
 from rich.table import Table
@@ -25,29 +23,29 @@ from r3hf_ray.actor_settings import engine_settings, scoring_settings
 from r3hf_ray.actors.coordinator import Coordinator, Snapshot
 from r3hf_ray.actors.environment import ACTORS, of_threads
 from r3hf_ray.actors.learner import LearnerSettings, fit
-from r3hf_ray.actors.pipeline import RunFailed, sentence_of
 from r3hf_ray.actors.reward import RewardActor
 from r3hf_ray.actors.rollout import RolloutActor
-from r3hf_ray.actors.weight_store import WeightStore
-from r3hf_ray.config import ConfigError, PPOConfig
+from r3hf_ray.config import PPOConfig
+from r3hf_ray.draws import arithmetic
+from r3hf_ray.errors import RunFailed, sentence_of
+from r3hf_ray.instruments.report.report import write_report
 from r3hf_ray.models.load import absolute
-from r3hf_ray.plan import arithmetic
 from r3hf_ray.preflight import Plan, check, check_resources
+from r3hf_ray.records.jsonl import JsonlLog
+from r3hf_ray.records.metrics import STEP, read_metrics
+from r3hf_ray.records.progress import Progress
+from r3hf_ray.records.provenance import redacted, versions
+from r3hf_ray.records.run_folder import PPO_MAY_CHANGE, check_run, open_run
+from r3hf_ray.records.samples import read_samples, sample_steps, write_samples
+from r3hf_ray.records.wandb_run import WandbRun
 from r3hf_ray.sections.actors import RolloutSection
 from r3hf_ray.sections.rewards import RewardSection
-from r3hf_ray.tracking.metrics import STEP, JsonlLog, read_metrics
-from r3hf_ray.tracking.progress import Progress
-from r3hf_ray.tracking.provenance import redacted, versions
-from r3hf_ray.tracking.report import write_report
-from r3hf_ray.tracking.run_folder import PPO_MAY_CHANGE, check_run, open_run
-from r3hf_ray.tracking.samples import read_samples, sample_steps, write_samples
-from r3hf_ray.tracking.wandb_run import WandbRun
+from r3hf_ray.session import ray_session
+from r3hf_ray.weights.contract import WeightStore
 
 POLL_SECONDS = 0.25
 STOP_SECONDS = 10.0
 """How long a failed run waits for its learner ranks to leave by themselves. [s]"""
-REACH_SECONDS = 10.0
-"""How long a cluster may take to accept a connection. [s]"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,56 +57,6 @@ class RunResult:
     rows: list[dict[str, float]]
     """One row a step, evaluations merged in."""
     seconds: float
-
-
-@contextmanager
-def ray_session(cpus: float | None) -> Iterator[None]:
-    """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start a Ray instance for this command.
-
-    An instance that is already initialised is used as it is, so several stages can share one.
-
-    Raises:
-        ConfigError: the cluster cannot be joined.
-        RunFailed: no instance of its own came up.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    for name, value in {
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # 2 s by default: each save would wait for a poll
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
-    }.items():
-        os.environ.setdefault(name, value)
-    address = os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-    try:
-        if address is not None:
-            require_answer(address)
-            options = {}
-        ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)
-    except (OSError, AuthenticationError) as error:  # Ray's own is a ConnectionError
-        where = "" if address is None else f"RAY_ADDRESS: cannot join the cluster at {address}: "
-        raise ConfigError(f"{where}{sentence_of(error)}") from error
-    except Exception as error:  # the start of a local one that takes too long is a bare Exception
-        raise RunFailed(
-            f"Ray did not start: {sentence_of(error)}; is the machine overloaded, or its disk or memory full?"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def require_answer(address: str) -> None:
-    """See that something listens at ``host:port``: Ray would wait for a cluster that is gone for ten minutes, silently.
-
-    Raises:
-        OSError: nothing does within 10 s.
-    """
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
 
 
 def run_ppo(config: PPOConfig, *, resume: bool, console: Console) -> RunResult:

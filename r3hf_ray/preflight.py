@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from r3hf_ray.actors.vllm_scores import require_readable
-from r3hf_ray.config import ConfigError, PPOConfig
+from r3hf_ray.config import PPOConfig
 from r3hf_ray.data.chat import pooling_suffix
 from r3hf_ray.data.loading import PromptRow, Report, load_prompts
-from r3hf_ray.data.reward_prompts import measure_fit, translation_of
+from r3hf_ray.errors import ConfigError, ModelError
 from r3hf_ray.models.load import (
-    ModelError,
     check_folder,
     check_same_vocabulary,
     eos_ids,
@@ -21,13 +19,15 @@ from r3hf_ray.models.load import (
     load_tokenizer,
     require_score_head,
 )
-from r3hf_ray.models.method_inputs import sentence_end_ids
-from r3hf_ray.models.scoring import RewardModel, load_gold
-from r3hf_ray.models.user_functions import user_function
+from r3hf_ray.scoring.method_inputs import sentence_end_ids
+from r3hf_ray.scoring.reward_prompts import measure_fit, translation_of
+from r3hf_ray.scoring.scorer import RewardModel, load_gold
+from r3hf_ray.scoring.vllm_reader import require_readable
 from r3hf_ray.sections.models import ModelSection, field_of
 from r3hf_ray.sections.ppo import CriticSection
 from r3hf_ray.sections.rewards import MODES
 from r3hf_ray.types import COST, MAIN
+from r3hf_ray.user_functions import user_function
 
 MARGIN = 1e-6
 """Slack for sums of fractional CPUs."""

@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r3hf_ray.actors.stages import fit_policy, fit_reward_model
+from r3hf_ray.actors.supervised import fit_policy, fit_reward_model
 from r3hf_ray.config import RewardConfig, SFTConfig
 from r3hf_ray.data.chat import chat_format, save_format
 from r3hf_ray.data.loading import Loaded, Report, is_ranked, load_examples, load_groups, load_pairs
 from r3hf_ray.models.load import check_folder, load_tokenizer
+from r3hf_ray.records.jsonl import JsonlLog
+from r3hf_ray.records.metrics import read_metrics
+from r3hf_ray.records.provenance import redacted, versions
+from r3hf_ray.records.run_folder import STAGE_MAY_CHANGE, STAGE_MAY_MOVE, check_run, open_run
+from r3hf_ray.records.wandb_run import WandbRun
 from r3hf_ray.sections.stages import SFTSection
-from r3hf_ray.tracking.metrics import JsonlLog, read_metrics
-from r3hf_ray.tracking.provenance import redacted, versions
-from r3hf_ray.tracking.run_folder import STAGE_MAY_CHANGE, STAGE_MAY_MOVE, check_run, open_run
-from r3hf_ray.tracking.wandb_run import WandbRun
 from r3hf_ray.training.trl_settings import split_batch
 
 Row = Mapping[str, Any]
@@ -61,7 +62,7 @@ def train_sft(
     Raises:
         ConfigError: settings, data or base model cannot be used, or the finished stage that is to be taken up was
             started with other settings; no actor was started.
-        StageError: training failed.
+        RunFailed: training failed.
     """
     started = time.monotonic()
     _check(config.sft, config.trainer.ranks, config.model.base)

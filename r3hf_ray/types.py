@@ -6,6 +6,7 @@ Index convention: index ``t`` is the action that emits token ``t``. Every per-to
 prompt + response and is exactly 0 on the prompt. All arrays are numpy so that they are zero-copy in Ray's object store.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -160,3 +161,65 @@ class ScoreReport:
     infos: list[ScoreInfo]
     failures: list[Failure]
     seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One sample to generate: everything the sampler's result depends on, besides the weights.
+
+    Example: ``Request(row=17, token_ids=[1, 9, 3], prompt_id=130, sample=0, seed=1093, attempt=0)``
+    """
+
+    row: int
+    """Row of the prompt table, for people."""
+    token_ids: np.ndarray
+    """The rendered prompt, ``[P]`` int32."""
+    prompt_id: int
+    sample: int
+    seed: int
+    attempt: int = 0
+    """Dispatches before this one; it never enters a seed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A prompt and the answer to imitate.
+
+    Example: ``Example(prompt_ids=[1, 5, 9, 3], answer_ids=[7, 8, 2])`` with 2 the EOS token
+    """
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    """The token that ends it included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankedGroup:
+    """Responses to one prompt and which of them beat which.
+
+    Example: ``RankedGroup(prompt_tokens=1, sequences=[[5, 6, 7, 2], [5, 6, 2]], pairs=[(1, 0)])``: the second won.
+    """
+
+    prompt_tokens: int
+    """Length of the prompt that every sequence starts with."""
+    sequences: Sequence[Sequence[int]]
+    """Token ids of prompt + response, up to the token the reward model pools at."""
+    pairs: Sequence[tuple[int, int]]
+    """(winner, loser), indices into `sequences`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two answers to one prompt, the first preferred.
+
+    Example: ``Pair(prompt_ids=[1, 5, 3], chosen_ids=[7, 8, 2], rejected_ids=[9, 2])`` with 2 the EOS token
+    """
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+    def as_group(self) -> RankedGroup:
+        """The same preference as a ranked group of two."""
+        sequences = [self.prompt_ids + self.chosen_ids, self.prompt_ids + self.rejected_ids]
+        return RankedGroup(prompt_tokens=len(self.prompt_ids), sequences=sequences, pairs=[(0, 1)])

@@ -20,6 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is first imported, by the
 install_import_hook("r3hf_ray", "beartype.beartype")
 settings.register_profile("fast", deadline=None, max_examples=30)
 settings.load_profile("fast")
+pytest_plugins = ["made.byte_tokenizer", "made.foreign_tokenizers"]
 
 
 class TinyModels(NamedTuple):
@@ -152,7 +153,7 @@ def toy_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaForSequenceClassification
 
-    from r3hf_ray.toy.world import make_world
+    from r3hf_ray.instruments.toy.world import make_world
 
     folder = tmp_path_factory.mktemp("toy_world")
     make_world(folder, sft_rows=1, train_prompts=1, heldout_prompts=1)

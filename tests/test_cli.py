@@ -20,8 +20,8 @@ from transformers import (
 
 from r3hf_ray.cli import main
 from r3hf_ray.config import PPOConfig, load
+from r3hf_ray.records.run_folder import open_run
 from r3hf_ray.sections.data import DataSection
-from r3hf_ray.tracking.run_folder import open_run
 
 WINDOW = 64
 """Of the tiny policy. [tokens]"""
@@ -87,7 +87,10 @@ def refused(job: Job, arguments: list[str], capsys: pytest.CaptureFixture[str]) 
         (["--data.source", "/absent/prompts.jsonl"], ["data.source: no file /absent/prompts.jsonl"]),
         (["--data.skip", "20"], ["data.skip (20)", "nothing to train on"]),
         (["--reward.gold", "no_such_module:judge"], ["reward.gold", "no_such_module", "write package.module:function"]),
-        (["--reward.gold", "r3hf_ray.toy.language:absent"], ["reward.gold", "write package.module:function"]),
+        (
+            ["--reward.gold", "r3hf_ray.instruments.toy.language:absent"],
+            ["reward.gold", "write package.module:function"],
+        ),
         (["--reward.gold", "nothing"], ["reward.gold", "write package.module:function"]),
         (["--reward.gold_credit", "nothing"], ["reward.gold_credit", "write package.module:function"]),
         (["--run.cpus", "2", "--rollout.actors", "8"], ["asks for 3.6 CPUs", "the cluster has 2", "cpus_per_actor"]),
@@ -286,7 +289,7 @@ def test_audit_reads_pairs_as_a_job_does(
         asked.append(data)
         return 0
 
-    monkeypatch.setattr("r3hf_ray.audit.commands.run_audit", run_audit)
+    monkeypatch.setattr("r3hf_ray.instruments.audit.commands.run_audit", run_audit)
     plain = ["audit", "--reward-model", "m", "--pairs", "openai/summarize_from_feedback"]
     assert main(plain) == 0
     source = "openai/summarize_from_feedback"

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from r3hf_ray.config import Command, ConfigError, PPOConfig, RewardConfig, SFTConfig, load, print_fields
-from r3hf_ray.tracking.run_folder import to_toml
+from r3hf_ray.config import Command, PPOConfig, RewardConfig, SFTConfig, load, print_fields
+from r3hf_ray.errors import ConfigError
+from r3hf_ray.records.run_folder import to_toml
 
 PPO = """
 [run]

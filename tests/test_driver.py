@@ -12,11 +12,12 @@ from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
 
 from r3hf_ray.actors.coordinator import Snapshot
-from r3hf_ray.actors.pipeline import RunFailed
-from r3hf_ray.config import ConfigError, PPOConfig
+from r3hf_ray.config import PPOConfig
 from r3hf_ray.data.loading import Report
-from r3hf_ray.driver import _Actors, _Follower, ray_session, require_answer
+from r3hf_ray.driver import _Actors, _Follower
+from r3hf_ray.errors import ConfigError, RunFailed
 from r3hf_ray.preflight import Plan
+from r3hf_ray.session import ray_session, require_answer
 
 
 def test_a_ray_that_does_not_start_is_a_failed_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,13 +36,14 @@ from transformers import (
 )
 
 from r3hf_ray.cli import main
-from r3hf_ray.comparison.records import PlannedRun
-from r3hf_ray.comparison.screen import screened
 from r3hf_ray.config import PPOConfig, load
-from r3hf_ray.driver import ray_session
-from r3hf_ray.toy.world import make_world
-from r3hf_ray.tracking.metrics import read_jsonl, read_metrics
-from r3hf_ray.tracking.samples import sample_steps
+from r3hf_ray.instruments.compare.records import PlannedRun
+from r3hf_ray.instruments.compare.screen import screened
+from r3hf_ray.instruments.toy.world import make_world
+from r3hf_ray.records.jsonl import read_jsonl
+from r3hf_ray.records.metrics import read_metrics
+from r3hf_ray.records.samples import sample_steps
+from r3hf_ray.session import ray_session
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -113,7 +114,7 @@ prompts_per_step = {PROMPTS}
 max_response_tokens = 12
 [reward]
 calibration_samples = 8
-gold = "r3hf_ray.toy.language:gold_reward"
+gold = "r3hf_ray.instruments.toy.language:gold_reward"
 [ppo]
 steps = {STEPS}
 [learner]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from r3hf_ray.cli import main
-from r3hf_ray.toy.world import make_world
-from r3hf_ray.tracking.metrics import read_metrics
+from r3hf_ray.instruments.toy.world import make_world
+from r3hf_ray.records.metrics import read_metrics
 
 GPUS = torch.cuda.device_count()
 pytestmark = [

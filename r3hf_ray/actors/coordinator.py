@@ -26,12 +26,13 @@ from typing import Any
 import numpy as np
 from ray.exceptions import RayError
 
-from r3hf_ray.actors.pipeline import Events, Member, Pipeline, RunFailed, Tally, Verdict, members, sentence_of
-from r3hf_ray.actors.steps import Row, Share, Step, calibration_of, evaluation_metrics, unlike_units
-from r3hf_ray.actors.weight_store import Publication, TransferStep
+from r3hf_ray.actors.dispatch import Events, Member, Pipeline, Tally, Verdict, members
+from r3hf_ray.actors.shares import Row, Share, Step, calibration_of, evaluation_metrics, unlike_units
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.plan import Request, split_evenly, step_requests, stream_requests
-from r3hf_ray.types import ScoreInfo
+from r3hf_ray.draws import split_evenly, step_requests, stream_requests
+from r3hf_ray.errors import RunFailed, sentence_of
+from r3hf_ray.types import Request, ScoreInfo
+from r3hf_ray.weights.contract import Publication, TransferStep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,15 +31,14 @@ from ray.train import (
 )
 
 from r3hf_ray.actors.environment import ACTORS, of_threads
-from r3hf_ray.actors.pipeline import RunFailed
-from r3hf_ray.actors.steps import Share
-from r3hf_ray.actors.weight_store import Probe, Tensor, fingerprint, publish
+from r3hf_ray.actors.shares import Share
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.models.load import ModelError
+from r3hf_ray.errors import DivergenceError, ModelError, RunFailed, TelescopingError
 from r3hf_ray.models.sharding import make_mesh
 from r3hf_ray.training.guard_rails import warnings_of
-from r3hf_ray.training.ppo import DivergenceError, PPOLearner, RewardScale, TelescopingError
+from r3hf_ray.training.ppo import PPOLearner, RewardScale
 from r3hf_ray.types import ScoredTrajectory
+from r3hf_ray.weights.contract import Probe, Tensor, fingerprint, publish
 
 TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -241,7 +240,7 @@ class _Rank:
     def _send_by_nccl(self) -> None:
         """All ranks gather, rank 0 broadcasts to the samplers; vLLM is imported here only."""
         if self._nccl is None:
-            from r3hf_ray.actors.weights import LearnerSource, nccl_sender
+            from r3hf_ray.weights.object_ref import LearnerSource, nccl_sender
 
             source = LearnerSource(self._learner.full_parameters, TORCH_TYPES[self._config.rollout.dtype])
             samplers = self._config.rollout.actors

@@ -17,9 +17,9 @@ class RewardActor:
             os.environ.update(VLLM_ON_CPU if settings.device == "cpu" else VLLM)
         import torch
 
-        from r3hf_ray.actors.vllm_scores import VllmReader
-        from r3hf_ray.models.readers import MakeReader, SameIds
-        from r3hf_ray.models.scoring import Scorer
+        from r3hf_ray.scoring.readers import MakeReader, SameIds
+        from r3hf_ray.scoring.scorer import Scorer
+        from r3hf_ray.scoring.vllm_reader import VllmReader
 
         torch.set_num_threads(threads)
         make_reader: MakeReader = VllmReader if backend == "vllm" else SameIds

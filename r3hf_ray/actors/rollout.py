@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from r3hf_ray.actors.environment import VLLM, VLLM_ON_CPU
-from r3hf_ray.actors.weight_store import Loaded, Probe, Publication, TransferStep
-from r3hf_ray.plan import Request
-from r3hf_ray.types import Failure, Finish, GenerateReport, Trajectory
+from r3hf_ray.types import Failure, Finish, GenerateReport, Request, Trajectory
+from r3hf_ray.weights.contract import Loaded, Probe, Publication, TransferStep
 
 
 class StaleWeightsError(RuntimeError):
@@ -187,7 +186,7 @@ def make_engine(settings: EngineSettings) -> Any:
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
         weight_transfer_config={"backend": settings.backend},
-        worker_extension_cls="r3hf_ray.actors.weights.WorkerExtension",
+        worker_extension_cls="r3hf_ray.weights.object_ref.WorkerExtension",
         gpu_memory_utilization=settings.gpu_memory_utilization,
         **(defaults | settings.extra),
     )

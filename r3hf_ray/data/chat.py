@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.data.records import Message, Unusable
-from r3hf_ray.data.sources import DataError
+from r3hf_ray.errors import DataError
 
 FORMAT_FILE = "r3hf_format.json"
 _PLAIN_ROLES = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\n"}

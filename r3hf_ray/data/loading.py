@@ -13,11 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.data.chat import ChatFormat, answer_ids, chat_format, prompt_ids, render_prompt
 from r3hf_ray.data.records import Message, Record, Unusable, detect, parse
-from r3hf_ray.data.sources import DataError, Source, open_source
+from r3hf_ray.data.sources import Source, open_source
+from r3hf_ray.errors import DataError
 from r3hf_ray.sections.data import DataSection
-from r3hf_ray.training.ranking import RankedGroup
-from r3hf_ray.training.reward_model import Pair
-from r3hf_ray.training.sft import Example
+from r3hf_ray.types import Example, Pair, RankedGroup
 
 T = TypeVar("T")
 _LISTED = 20

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from r3hf_ray.data.sources import DataError
+from r3hf_ray.errors import DataError
 
 
 class Message(TypedDict):

@@ -10,14 +10,10 @@ from typing import Any
 import datasets
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-from r3hf_ray.config import ConfigError
+from r3hf_ray.errors import DataError
 from r3hf_ray.sections.data import DataSection
 
 LOCAL_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv")
-
-
-class DataError(ConfigError):
-    """The data cannot be used as it is; one sentence that names the file, the line and what to do."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,14 +18,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from r3hf_ray.errors import CheckpointError
 from r3hf_ray.models.sharding import local_state, rank
 
 EXTRA_FILE = "extra.json"
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; one sentence."""
 
 
 def save(

@@ -17,15 +17,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from r3hf_ray.config import ConfigError
+from r3hf_ray.errors import ModelError
 from r3hf_ray.models.running_sum import RunningSumConfig, RunningSumForSequenceClassification
 
 CAUSALITY_TOKENS = 16
 """Length of the random sequence that `require_causal` reads. [tokens]"""
-
-
-class ModelError(ConfigError):
-    """A model or tokenizer cannot be used; one sentence that names it and says what to do."""
 
 
 def check_folder(source: str | Path, kind: str) -> None:

@@ -22,10 +22,6 @@ from r3hf_ray.models.values import Critic
 from r3hf_ray.training.ppo_losses import LossInputs, Share, critic_share, policy_divisor, policy_share
 
 
-class DivergenceError(RuntimeError):
-    """A loss or gradient is not finite. The weights are still those before the step; the sentence names the capsule."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
     """What a minibatch gives when it is run again."""

@@ -23,16 +23,13 @@ from r3hf_ray.algorithms.masking import moments, whiten
 from r3hf_ray.algorithms.redistribution import settle_eos_jump, telescoping_error
 from r3hf_ray.algorithms.scaling import missing_eos, normalize, normalize_shares
 from r3hf_ray.config import PPOConfig
+from r3hf_ray.errors import TelescopingError
 from r3hf_ray.models.sharding import all_gather_rows, all_reduce_max, all_reduce_sum
 from r3hf_ray.models.values import state_values
 from r3hf_ray.training.ppo_losses import LossInputs
 
 TELESCOPING_TOLERANCE = 1e-4
 """Largest relative error of a response's reward sum; float32 gives 1e-7, a shift by one token 1e-2 and more."""
-
-
-class TelescopingError(RuntimeError):
-    """Token rewards do not add up to the sequence reward: they were shifted, clipped or mixed up on the way."""
 
 
 @dataclass(frozen=True, slots=True)

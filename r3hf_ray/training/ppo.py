@@ -17,6 +17,7 @@ from r3hf_ray.algorithms.advantages import next_kl_coef
 from r3hf_ray.algorithms.batching import Batch, collate
 from r3hf_ray.algorithms.lagrange import next_multiplier
 from r3hf_ray.config import PPOConfig
+from r3hf_ray.errors import DivergenceError, TelescopingError
 from r3hf_ray.models import checkpoint
 from r3hf_ray.models.load import eos_ids, load_policy, load_tokenizer
 from r3hf_ray.models.logprobs import Policy
@@ -29,13 +30,11 @@ from r3hf_ray.models.sharding import (
     scale_gradients,
     shard,
 )
-from r3hf_ray.models.user_functions import user_function
 from r3hf_ray.models.values import Critic, critic_from_policy, critic_from_reward_model
-from r3hf_ray.training.divergence import DivergenceError, Replay, replay_capsule, write_capsule
+from r3hf_ray.training.divergence import Replay, replay_capsule, write_capsule
 from r3hf_ray.training.experience import (
     Experience,
     RewardScale,
-    TelescopingError,
     evaluate,
     loss_inputs,
     make_experience,
@@ -47,6 +46,7 @@ from r3hf_ray.training.optimizers import adamw
 from r3hf_ray.training.ppo_losses import LossInputs, Share, critic_share, policy_divisor, policy_share
 from r3hf_ray.training.ppo_metrics import experience_metrics, reduce_named, token_rows
 from r3hf_ray.types import COST, MAIN, ScoredTrajectory
+from r3hf_ray.user_functions import user_function
 
 __all__ = ["DivergenceError", "PPOLearner", "Replay", "RewardScale", "TelescopingError", "replay_capsule"]
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from r3hf_ray.algorithms.batching import Batch
 from r3hf_ray.algorithms.masking import last_token, masked_sum, moments
 from r3hf_ray.algorithms.redistribution import eos_jump, r3hf
-from r3hf_ray.config import ConfigError, PPOConfig
+from r3hf_ray.config import PPOConfig
+from r3hf_ray.errors import ConfigError
 from r3hf_ray.models.sharding import all_reduce_max, all_reduce_sum
 from r3hf_ray.training.experience import Experience
 from r3hf_ray.training.ppo_losses import LossInputs

@@ -20,28 +20,14 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
+from r3hf_ray.draws import seed_of, stream_row
 from r3hf_ray.models.load import score_head
 from r3hf_ray.models.running_sum import RunningSumForSequenceClassification, running_sum
 from r3hf_ray.models.sharding import all_reduce_sum
-from r3hf_ray.plan import seed_of, stream_row
+from r3hf_ray.types import RankedGroup
 
 MAX_GRAD_NORM = 1.0
 """Gradients are clipped to this norm, as TRL's trainers are told to."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankedGroup:
-    """Responses to one prompt and which of them beat which.
-
-    Example: ``RankedGroup(prompt_tokens=1, sequences=[[5, 6, 7, 2], [5, 6, 2]], pairs=[(1, 0)])``: the second won.
-    """
-
-    prompt_tokens: int
-    """Length of the prompt that every sequence starts with."""
-    sequences: Sequence[Sequence[int]]
-    """Token ids of prompt + response, up to the token the reward model pools at."""
-    pairs: Sequence[tuple[int, int]]
-    """(winner, loser), indices into `sequences`."""
 
 
 _Placed = tuple[int, RankedGroup]

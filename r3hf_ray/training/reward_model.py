@@ -10,7 +10,6 @@ answers cut at one random fraction of their lengths; ``reward_training.head`` sa
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from r3hf_ray.config import RewardConfig
 from r3hf_ray.models.load import ensure_distinct_pad, load_tokenizer, score_head, untrained_reward_model
-from r3hf_ray.models.prefix_scores import scores_so_far
 from r3hf_ray.models.sharding import DTYPES
-from r3hf_ray.training.ranking import RankedGroup, cut_fraction, cut_length, pair_accuracy, train_ranked
+from r3hf_ray.scoring.prefix_scores import scores_so_far
+from r3hf_ray.training.ranking import cut_fraction, cut_length, pair_accuracy, train_ranked
 from r3hf_ray.training.trl_settings import MetricsCallback, arguments, is_first_rank, save_model
+from r3hf_ray.types import Pair, RankedGroup
 
 Sink = Callable[[int, dict[str, float]], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """Two answers to one prompt, the first preferred.
-
-    Example: ``Pair(prompt_ids=[1, 5, 3], chosen_ids=[7, 8, 2], rejected_ids=[9, 2])`` with 2 the EOS token
-    """
-
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-
-    def as_group(self) -> RankedGroup:
-        """The same preference as a ranked group of two."""
-        sequences = [self.prompt_ids + self.chosen_ids, self.prompt_ids + self.rejected_ids]
-        return RankedGroup(prompt_tokens=len(self.prompt_ids), sequences=sequences, pairs=[(0, 1)])
 
 
 def train_on_pairs(

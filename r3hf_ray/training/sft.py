@@ -5,7 +5,6 @@ function: the import takes about 9 s, and the ppo path must not pay for it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,21 +14,10 @@ from transformers import PrinterCallback
 from r3hf_ray.config import SFTConfig
 from r3hf_ray.models.load import ensure_distinct_pad, load_policy, load_tokenizer
 from r3hf_ray.training.trl_settings import MetricsCallback, arguments, save_model
+from r3hf_ray.types import Example
 
 IGNORED = -100
 """Label of a token without loss."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
-    """A prompt and the answer to imitate.
-
-    Example: ``Example(prompt_ids=[1, 5, 9, 3], answer_ids=[7, 8, 2])`` with 2 the EOS token
-    """
-
-    prompt_ids: list[int]
-    answer_ids: list[int]
-    """The token that ends it included."""
 
 
 def train_policy(

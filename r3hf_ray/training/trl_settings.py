@@ -16,7 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from r3hf_ray.config import ConfigError
+from r3hf_ray.errors import ConfigError
 from r3hf_ray.sections.actors import TrainerSection
 from r3hf_ray.sections.models import BaseModelSection
 from r3hf_ray.sections.stages import SFTSection

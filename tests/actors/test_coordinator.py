@@ -23,15 +23,15 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import RayActorError
 
-from r3hf_ray.actors import pipeline
+from r3hf_ray.actors import dispatch as pipeline
 from r3hf_ray.actors.coordinator import Coordinator, Snapshot
-from r3hf_ray.actors.pipeline import RunFailed
 from r3hf_ray.actors.rollout import StaleWeightsError
-from r3hf_ray.actors.steps import Share, evaluation_metrics
-from r3hf_ray.actors.weight_store import Loaded, Publication
+from r3hf_ray.actors.shares import Share, evaluation_metrics
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.plan import Request, seed_of
-from r3hf_ray.types import Failure, Finish, GenerateReport, ScoreInfo, ScoreReport, TrajectoryInfo
+from r3hf_ray.draws import seed_of
+from r3hf_ray.errors import RunFailed
+from r3hf_ray.types import Failure, Finish, GenerateReport, Request, ScoreInfo, ScoreReport, TrajectoryInfo
+from r3hf_ray.weights.contract import Loaded, Publication
 
 pytestmark = pytest.mark.ray
 

@@ -10,10 +10,8 @@ import ray
 from r3hf_ray.actors import learner
 from r3hf_ray.actors.coordinator import Snapshot
 from r3hf_ray.actors.learner import LearnerSettings, RestartGuard, train_loop
-from r3hf_ray.actors.pipeline import RunFailed
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.models.load import ModelError
-from r3hf_ray.training.ppo import DivergenceError
+from r3hf_ray.errors import DivergenceError, ModelError, RunFailed
 
 
 class FakeCoordinator:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from r3hf_ray.actors.reward import RewardActor
-from r3hf_ray.models.scoring import ScoringSettings
+from r3hf_ray.scoring.scorer import ScoringSettings
 from r3hf_ray.types import MAIN, Finish, ScoredTrajectory, ScoreReport, Trajectory
 
 

@@ -18,11 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from r3hf_ray.actors.learner import _in_transit
 from r3hf_ray.actors.rollout import EngineSettings, RolloutActor, StaleWeightsError
-from r3hf_ray.actors.weight_store import Loaded, Probe, Publication, WeightStore, publish
+from r3hf_ray.draws import seed_of
 from r3hf_ray.models.logprobs import token_logprobs
 from r3hf_ray.models.sharding import full_parameters
-from r3hf_ray.plan import Request, seed_of
-from r3hf_ray.types import Finish, GenerateReport, Trajectory
+from r3hf_ray.types import Finish, GenerateReport, Request, Trajectory
+from r3hf_ray.weights.contract import Loaded, Probe, Publication, WeightStore, publish
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -68,7 +68,7 @@ class Samplers:
         return len(engine.output_processor.request_states)
 
     def load_without_repacking(self, kind: str, publication: Publication) -> Loaded:
-        from r3hf_ray.actors import weights
+        from r3hf_ray.weights import object_ref as weights
 
         repacking = weights.ObjectRefEngine.finish_weight_update
 
@@ -90,7 +90,7 @@ class Samplers:
 
     def as_torch(self, bucket: list[Any]) -> list[tuple[str, list[int], bytes]]:
         """Each tensor as an engine gets it: data type, shape, bytes."""
-        from r3hf_ray.actors.weights import _as_torch
+        from r3hf_ray.weights.object_ref import _as_torch
 
         tensors = map(_as_torch, bucket)
         return [(str(x.dtype), list(x.shape), bits(x)) for x in tensors]

@@ -19,8 +19,8 @@ from r3hf_ray.data.chat import (
     trained_format,
 )
 from r3hf_ray.data.records import Message, Unusable
-from r3hf_ray.data.sources import DataError
-from r3hf_ray.toy.language import make_tokenizer
+from r3hf_ray.errors import DataError
+from r3hf_ray.instruments.toy.language import make_tokenizer
 
 ASKED: list[Message] = [{"role": "user", "content": "Hi"}]
 END = 2

@@ -8,9 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from r3hf_ray.data.loading import is_ranked, load_examples, load_groups, load_pairs, load_prompts
-from r3hf_ray.data.sources import DataError
+from r3hf_ray.errors import DataError
+from r3hf_ray.instruments.toy.language import make_tokenizer
 from r3hf_ray.sections.data import DataSection
-from r3hf_ray.toy.language import make_tokenizer
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh_harmless_base.jsonl.gz"
 real_data = pytest.mark.skipif(not HH.exists(), reason="the real HH-RLHF sample is not beside this checkout")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from r3hf_ray.data.records import Record, Unusable, detect, parse
-from r3hf_ray.data.sources import DataError
+from r3hf_ray.errors import DataError
 
 USER = {"role": "user", "content": "Hi"}
 ASKED = [USER]

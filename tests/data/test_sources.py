@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from r3hf_ray.data.sources import DataError, open_source
+from r3hf_ray.data.sources import open_source
+from r3hf_ray.errors import DataError
 from r3hf_ray.sections.data import DataSection
 
 ROWS = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "d é", "chosen": "e", "rejected": "f"}]

@@ -14,9 +14,8 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from r3hf_ray.config import ConfigError
+from r3hf_ray.errors import ConfigError, ModelError
 from r3hf_ray.models.load import (
-    ModelError,
     check_folder,
     check_same_vocabulary,
     ensure_distinct_pad,

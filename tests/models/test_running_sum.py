@@ -17,8 +17,8 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from r3hf_ray.errors import ModelError
 from r3hf_ray.models.load import (
-    ModelError,
     ensure_distinct_pad,
     load_reward_model,
     load_tokenizer,

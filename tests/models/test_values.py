@@ -3,8 +3,8 @@ import torch
 
 from r3hf_ray.models import checkpoint
 from r3hf_ray.models.load import load_reward_model
-from r3hf_ray.models.prefix_scores import prefix_scores
 from r3hf_ray.models.values import critic_from_policy, critic_from_reward_model, state_values
+from r3hf_ray.scoring.prefix_scores import prefix_scores
 
 
 @pytest.fixture

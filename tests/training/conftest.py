@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from r3hf_ray.toy.language import make_tokenizer
+from r3hf_ray.instruments.toy.language import make_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -11,17 +11,11 @@ from safetensors.torch import load_file
 from r3hf_ray.algorithms.batching import Batch, collate
 from r3hf_ray.algorithms.scaling import missing_eos, normalize
 from r3hf_ray.config import PPOConfig
+from r3hf_ray.errors import DivergenceError, TelescopingError
 from r3hf_ray.models.sharding import make_mesh
-from r3hf_ray.tracking.metrics import describe
-from r3hf_ray.training.experience import (
-    Evaluation,
-    RewardScale,
-    TelescopingError,
-    loss_inputs,
-    make_experience,
-    require_telescoping,
-)
-from r3hf_ray.training.ppo import DivergenceError, PPOLearner, replay_capsule
+from r3hf_ray.records.metrics import describe
+from r3hf_ray.training.experience import Evaluation, RewardScale, loss_inputs, make_experience, require_telescoping
+from r3hf_ray.training.ppo import PPOLearner, replay_capsule
 from r3hf_ray.types import ComponentScores, Finish, ScoredTrajectory, Trajectory
 
 SHAPES = [(2, 4), (2, 6), (2, 3), (3, 5), (3, 1), (3, 7)]

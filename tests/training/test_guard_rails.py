@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from r3hf_ray.tracking.metrics import METRICS
+from r3hf_ray.records.metrics import METRICS
 from r3hf_ray.training.guard_rails import BOUNDS, WATCHED, length_drift, warnings_of
 
 LENGTH, EOS = "rollout/response_length/mean", "rollout/eos_frac"

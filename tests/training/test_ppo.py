@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from r3hf_ray.algorithms.advantages import gae
 from r3hf_ray.config import PPOConfig
+from r3hf_ray.errors import DivergenceError, TelescopingError
 from r3hf_ray.models.sharding import full_parameters, make_mesh
-from r3hf_ray.training.ppo import DivergenceError, PPOLearner, RewardScale, TelescopingError, replay_capsule
+from r3hf_ray.training.ppo import PPOLearner, RewardScale, replay_capsule
 from r3hf_ray.types import Finish, ScoredTrajectory, Trajectory
 
 SHAPES = [(3, 8), (2, 5), (6, 1), (1, 9), (4, 4), (3, 3), (5, 7), (2, 2)]

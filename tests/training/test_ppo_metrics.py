@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from r3hf_ray.algorithms.batching import collate
-from r3hf_ray.config import ConfigError
+from r3hf_ray.errors import ConfigError
 from r3hf_ray.training.experience import Evaluation, Experience
 from r3hf_ray.training.ppo_metrics import token_rows
 from r3hf_ray.types import Finish, ScoredTrajectory, Trajectory

@@ -8,16 +8,10 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
+from r3hf_ray.draws import stream_row
 from r3hf_ray.models.running_sum import RunningSumConfig, RunningSumForSequenceClassification
-from r3hf_ray.plan import stream_row
-from r3hf_ray.training.ranking import (
-    RankedGroup,
-    cut_fraction,
-    cut_length,
-    pair_accuracy,
-    scores_of_prefixes,
-    train_ranked,
-)
+from r3hf_ray.training.ranking import cut_fraction, cut_length, pair_accuracy, scores_of_prefixes, train_ranked
+from r3hf_ray.types import RankedGroup
 
 PAD = 0
 HEADS = pytest.mark.parametrize("head", ["last_token", "running_sum"])

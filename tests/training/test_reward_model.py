@@ -12,8 +12,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from r3hf_ray.config import RewardConfig
 from r3hf_ray.models.load import ensure_distinct_pad, load_reward_model, score_head, untrained_reward_model
 from r3hf_ray.training import reward_model
-from r3hf_ray.training.ranking import RankedGroup, cut_fraction, cut_length, pair_accuracy, scores_of_prefixes
-from r3hf_ray.training.reward_model import Pair, binomial_interval, train_on_groups, train_on_pairs
+from r3hf_ray.training.ranking import cut_fraction, cut_length, pair_accuracy, scores_of_prefixes
+from r3hf_ray.training.reward_model import binomial_interval, train_on_groups, train_on_pairs
+from r3hf_ray.types import Pair, RankedGroup
 
 PAIRS = [Pair(prompt_ids=[1, 5 + i, 20], chosen_ids=[30, 33 + i % 4, 2], rejected_ids=[31, 2]) for i in range(12)]
 ORDER = [(0, 1), (0, 2), (1, 2)]

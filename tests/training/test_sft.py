@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from r3hf_ray.config import SFTConfig
-from r3hf_ray.training.sft import Example, train_policy
+from r3hf_ray.training.sft import train_policy
+from r3hf_ray.types import Example
 
 EXAMPLES = [Example(prompt_ids=[1, 5 + i, 20], answer_ids=[30 + i, *[31, 40 - i][: 1 + i % 2], 2]) for i in range(8)]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from r3hf_ray.config import ConfigError
+from r3hf_ray.errors import ConfigError
 from r3hf_ray.sections.actors import TrainerSection
 from r3hf_ray.sections.models import BaseModelSection
 from r3hf_ray.sections.stages import SFTSection

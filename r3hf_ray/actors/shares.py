@@ -1,0 +1,119 @@
+"""The batch of one step while it fills, each learner rank's share of it, and the scalars that come of it."""
+
+import asyncio
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from r3hf_ray.actors.dispatch import Sample, Tally
+from r3hf_ray.config import PPOConfig
+from r3hf_ray.draws import deal_to_ranks, minibatch_of
+from r3hf_ray.errors import RunFailed
+from r3hf_ray.sections.models import field_of
+from r3hf_ray.types import MAIN, Finish, ScoreInfo
+
+Row = dict[str, int | float]
+"""Metrics of one step by name; counts are integers."""
+UNIT_FACTOR = 2.0
+"""How far the spreads of two models trained on the same preferences may lie apart without a warning."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one learner rank trains on in one step."""
+
+    refs: list[Any]
+    """Object refs of `ScoredTrajectory`, in order of (prompt_id, sample)."""
+    minibatch_of: list[list[int]]
+    """[epoch][i]: the minibatch of this rank's i-th trajectory; composed without regard to the number of ranks."""
+    responses: int
+    """Responses of the step over all ranks."""
+    golds: dict[tuple[int, int], float | None]
+    """(prompt_id, sample) -> gold score, where there is a judge."""
+    metrics: Row
+    """Scalars of the step that only the coordinator knows."""
+
+
+@dataclass(slots=True)
+class Step:
+    """The batch of one step while it fills."""
+
+    expected: int
+    samples: list[Sample] = field(default_factory=list)
+    resolved: int = 0
+    tally: Tally = field(default_factory=Tally)
+    full: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def share(self, config: PPOConfig, step: int, rank: int) -> Share:
+        """What rank `rank` trains on in step `step`, once the batch is full."""
+        lengths = [sample.info.info.length for sample in self.samples]
+        ppo = config.ppo
+        mine = deal_to_ranks(lengths, minibatches=ppo.minibatches, ranks=config.learner.ranks)[rank]
+        plans = [
+            minibatch_of(lengths, minibatches=ppo.minibatches, seed=config.run.seed, step=step, epoch=epoch)
+            for epoch in range(ppo.epochs)
+        ]
+        golds = [sample.info.gold for sample in self.samples if sample.info.gold is not None]
+        metrics: Row = {
+            "rollout/failed": self.tally.quarantined,
+            "rollout/retried": self.tally.retried,
+            "time/rollout": self.tally.rollout_seconds,
+            "time/reward": self.tally.reward_seconds,
+        }
+        return Share(
+            refs=[self.samples[i].ref for i in mine],
+            minibatch_of=[[plan[i] for i in mine] for plan in plans],
+            responses=len(lengths),
+            golds={(info.info.prompt_id, info.info.sample): info.gold for info in (self.samples[i].info for i in mine)},
+            metrics=metrics | ({"reward/gold/mean": statistics.fmean(golds)} if golds else {}),
+        )
+
+
+def calibration_of(infos: list[ScoreInfo], config: PPOConfig) -> dict[str, tuple[float, float]]:
+    """(mean, std) of each model's sequence reward, by name; of at least two responses.
+
+    Raises:
+        RunFailed: a model that is trained on scores all of them alike. One of weight 0 may.
+    """
+    scores = {MAIN: [info.score for info in infos]}
+    scores |= {name: [info.components[name] for info in infos] for name in infos[0].components}
+    found = {name: (statistics.fmean(values), statistics.pstdev(values)) for name, values in scores.items()}
+    for name, (mean, std) in found.items():
+        if name in config.summed and not std > 0.0:
+            raise RunFailed(
+                f"{field_of(name)} gives every sampled response the same score ({mean:g}): it tells nothing apart; use "
+                "another model, or weight 0"
+            )
+    return found
+
+
+def unlike_units(calibration: Mapping[str, tuple[float, float]], lender: str) -> str:
+    """What to say where the model of `reward.prefixes_from` is not in the main one's unit; empty where it is."""
+    own, lent = calibration[MAIN][1], calibration[lender][1]
+    if max(own, lent) <= UNIT_FACTOR * min(own, lent):
+        return ""
+    return (
+        f"reward.prefixes_from = {lender}: its scores spread by {lent:.3g}, those of model.reward_model by {own:.3g}; "
+        "both must be in one unit, or the last token pays for the difference: see r3hf/eos_jump_mass"
+    )
+
+
+def evaluation_metrics(infos: list[ScoreInfo]) -> Row:
+    """Means over held-out prompts (at least one), with the standard error of the gold score."""
+    golds = [info.gold for info in infos if info.gold is not None]
+    lengths = [info.info.length - info.info.prompt_len for info in infos]
+    row = {
+        "eval/heldout/score/mean": statistics.fmean(info.score for info in infos),
+        "eval/heldout/response_length/mean": statistics.fmean(lengths),
+        "eval/heldout/eos_frac": statistics.fmean(info.info.finish is Finish.EOS for info in infos),
+        "eval/heldout/prompts": len(infos),
+    }
+    for name in infos[0].components:
+        scores = [info.components[name] for info in infos]
+        row[f"eval/heldout/{name}/score/mean"] = statistics.fmean(scores)
+        row[f"eval/heldout/{name}/score/sem"] = statistics.pstdev(scores) / len(scores) ** 0.5
+    if golds:
+        row["eval/heldout/gold/mean"] = statistics.fmean(golds)
+        row["eval/heldout/gold/sem"] = statistics.pstdev(golds) / len(golds) ** 0.5
+    return row

@@ -1,0 +1,124 @@
+"""Seeds, prompt order and batch arithmetic as pure integers, so no rank, pid or clock decides anything (layer 0)."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+
+from r3hf_ray.config import PPOConfig
+from r3hf_ray.types import Request
+
+T = TypeVar("T")
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 31-bit seed from what identifies the draw, e.g. (run seed, "sample", prompt_id, sample)."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def stream_row(seed: int, prompt_id: int, rows: int) -> int:
+    """The row of prompt `prompt_id`: a seeded permutation for each epoch, so a resumed run sees the same order."""
+    epoch, position = divmod(prompt_id, rows)
+    return int(_permutation(seed, epoch, rows)[position])
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+def step_requests(
+    prompts: Sequence[np.ndarray], *, seed: int, step: int, prompts_per_step: int, samples_per_prompt: int
+) -> list[Request]:
+    """The samples that PPO step `step` (from 0) trains on, in order of (prompt_id, sample)."""
+    requests = []
+    for prompt_id in range(step * prompts_per_step, (step + 1) * prompts_per_step):
+        row = stream_row(seed, prompt_id, len(prompts))
+        for sample in range(samples_per_prompt):
+            draw = seed_of(seed, "sample", prompt_id, sample)
+            requests.append(Request(row=row, token_ids=prompts[row], prompt_id=prompt_id, sample=sample, seed=draw))
+    return requests
+
+
+def stream_requests(prompts: Sequence[np.ndarray], count: int, *, seed: int, stream: str) -> list[Request]:
+    """`count` samples outside the training stream (`heldout`, `calibration`), one a prompt, over again if need be."""
+    rows = [number % len(prompts) for number in range(count)]
+    return [
+        Request(row=row, token_ids=prompts[row], prompt_id=number, sample=0, seed=seed_of(seed, stream, number))
+        for number, row in enumerate(rows)
+    ]
+
+
+def split_evenly(items: Sequence[T], parts: int) -> list[list[T]]:
+    """Consecutive parts whose sizes differ by at most one."""
+    bounds = [len(items) * part // parts for part in range(parts + 1)]
+    return [list(items[a:b]) for a, b in pairwise(bounds)]
+
+
+def length_blocks(lengths: Sequence[int], minibatches: int) -> list[list[int]]:
+    """Indices sorted by length, cut in blocks of `minibatches`: each block gives one item to each minibatch.
+
+    A minibatch then holds every length, and since blocks are dealt to ranks whole, both its composition and the
+    balance over ranks are good for any number of ranks.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[i : i + minibatches] for i in range(0, len(order), minibatches)]
+
+
+def deal_to_ranks(lengths: Sequence[int], *, minibatches: int, ranks: int) -> list[list[int]]:
+    """Which items each rank trains on: blocks dealt there and back (0 1 1 0 0 1 ...), so token counts match."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for number, block in enumerate(length_blocks(lengths, minibatches)):
+        lap, position = divmod(number, ranks)
+        shares[position if lap % 2 == 0 else ranks - 1 - position].extend(block)
+    return [sorted(share) for share in shares]
+
+
+def minibatch_of(lengths: Sequence[int], *, minibatches: int, seed: int, step: int, epoch: int) -> list[int]:
+    """The minibatch of each item in one epoch; it does not depend on the number of ranks."""
+    rng = np.random.default_rng([seed, step, epoch])
+    assignment = [0] * len(lengths)
+    for block in length_blocks(lengths, minibatches):
+        for item, minibatch in zip(block, rng.permutation(minibatches), strict=False):
+            assignment[item] = int(minibatch)
+    return assignment
+
+
+def arithmetic(config: PPOConfig, prompts: int) -> list[tuple[str, str]]:
+    """The counts of a run, in words, printed before any actor starts."""
+    rollout, ppo, ranks = config.rollout, config.ppo, config.learner.ranks
+    responses = config.responses_per_step
+    chunk = rollout.prompts_per_step // rollout.chunks_per_step * rollout.samples_per_prompt
+    passes = ppo.steps * rollout.prompts_per_step / prompts
+    updates = ppo.epochs * ppo.minibatches
+    return [
+        (
+            "prompts",
+            f"{prompts} to train on, {rollout.prompts_per_step} a step: {passes:.2f} passes in {ppo.steps} steps",
+        ),
+        (
+            "responses",
+            f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} = {responses} a step, "
+            f"{responses * ppo.steps} in all",
+        ),
+        (
+            "generation",
+            f"{rollout.actors} rollout actor(s), {rollout.chunks_per_step} chunks of {chunk} responses, "
+            f"at most {rollout.max_lag} version(s) behind",
+        ),
+        ("scoring", f"{config.reward.actors} reward actor(s), mode {config.reward.mode}"),
+        (
+            "learning",
+            f"{ranks} rank(s) x {responses / ranks:g} responses, {ppo.minibatches} minibatches of "
+            f"{responses / ppo.minibatches:g}",
+        ),
+        (
+            "optimizer",
+            f"{ppo.epochs} epochs x {ppo.minibatches} minibatches = {updates} optimizer steps a PPO step, "
+            f"{updates * ppo.steps} in all",
+        ),
+    ]

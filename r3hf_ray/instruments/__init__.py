@@ -1,0 +1,1 @@
+"""What people look at and measure with; nothing below imports it."""

@@ -1,0 +1,294 @@
+"""Answers under a reward model: the score of every prefix, then what each redistribution method pays each token.
+
+A reward model is free up to a constant and a factor, so credit is compared after both are gone: scores are taken minus
+their mean and divided by their standard deviation over the answers at hand. Every token reward here is in that unit.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from r3hf_ray.algorithms.batching import microbatches, pad_rows
+from r3hf_ray.algorithms.redistribution import METHODS, PrefixScores, redistribute, telescoping_error
+from r3hf_ray.algorithms.spans import sentence_ends
+from r3hf_ray.data.chat import ChatFormat, chat_format, pooling_suffix
+from r3hf_ray.errors import ModelError
+from r3hf_ray.models.load import (
+    check_same_vocabulary,
+    eos_ids,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    require_causal,
+    score_head,
+)
+from r3hf_ray.models.logprobs import token_logprobs
+from r3hf_ray.scoring.method_inputs import sentence_end_ids
+from r3hf_ray.scoring.prefix_scores import prefix_scores, prefix_scores_and_attention
+
+MICROBATCH_TOKENS = 4096
+"""Padded tokens of one forward. [tokens]"""
+ATTENTION_TOKENS = 1024
+"""The same where attention maps are kept: their size grows with the square of a row's length. [tokens]"""
+QUIET = Console(quiet=True)
+Credit = list[np.ndarray]
+"""One float64 array ``[T]`` for each answer: what each of its tokens is paid."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A rendered prompt and a response to it, as token ids.
+
+    Example: ``Answer(prompt_ids=[1, 4, 12, 15, 3], response_ids=[8, 17, 47, 2])``
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    """The end token included; without it the response was cut."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """What one forward pass of a reward model says about an answer, in its own units.
+
+    Example: ``Scored(answer=..., prompt_score=0.5, prefix=np.array([0.9, 1.7]), score=2.0, finished=True)``
+    """
+
+    answer: Answer
+    prompt_score: float
+    """R(x, empty)."""
+    prefix: Float64[np.ndarray, "T"]
+    """R(x, y_<=t) after each token of the response."""
+    score: float
+    """R(x, y) at the model's own pooling position, which may lie behind the last token."""
+    finished: bool
+    """Ended with an end token, so that the pooling suffix was read."""
+    attention: Float64[np.ndarray, "T"] | None = None
+    """What the last token pays to each token, where the judge reads attention; see `prefix_scores_and_attention`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """A reward model that can be asked about prefixes, and all that is needed to ask."""
+
+    source: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    form: ChatFormat
+    suffix_ids: list[int]
+    """Read after an end token before pooling."""
+    ends: frozenset[int]
+    window: int
+    """Longest prompt + response it can read, room for the suffix left. [tokens]"""
+    reads_attention: bool
+    """Loaded with eager attention, so that `abc` can be judged; slower, and a map of layers x heads x T^2 a row."""
+
+
+def load_judge(source: str, *, attention: bool = False) -> Judge:
+    """Load a reward model in float32, on the GPU where there is one; with ``attention``, able to show its maps.
+
+    Raises:
+        ModelError: no decoder-only reward model with one linear head, or it looks ahead.
+    """
+    model = load_reward_model(source, torch.float32, attention="eager" if attention else "sdpa")
+    tokenizer = load_tokenizer(source)
+    require_causal(model, model.get_input_embeddings().num_embeddings)
+    form = chat_format(tokenizer)
+    suffix = pooling_suffix(source, tokenizer, "auto")
+    ends = {*eos_ids(tokenizer, model.config), *tokenizer.encode(form.end, add_special_tokens=False)[-1:]}
+    window = int(model.config.get_text_config().max_position_embeddings) - len(suffix)
+    return Judge(
+        source=source,
+        model=model.to(_device()),
+        tokenizer=tokenizer,
+        form=form,
+        suffix_ids=suffix,
+        ends=frozenset(ends),
+        window=window,
+        reads_attention=attention,
+    )
+
+
+def untrained(judge: Judge, *, seed: int) -> Judge:
+    """The judge with fresh weights everywhere, trunk and head: a control that was taught neither language nor taste.
+
+    It reads no attention, and is as large as the judge beside which it stands in memory.
+    """
+    config = deepcopy(judge.model.config)  # from_config writes into it
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa"
+        )
+        head = score_head(model)
+        nn.init.normal_(head.weight, std=head.in_features**-0.5)  # a fresh running-sum head is 0
+    return replace(judge, model=model.eval().to(_device()), reads_attention=False)
+
+
+@torch.inference_mode()
+def score_answers(judge: Judge, answers: Sequence[Answer], *, console: Console = QUIET) -> list[Scored]:
+    """Score each answer (prompt and response not empty, together within `judge.window`), in order.
+
+    Raises:
+        ModelError: a score is not finite.
+    """
+    found: dict[int, Scored] = {}
+    budget = ATTENTION_TOKENS if judge.reads_attention else MICROBATCH_TOKENS
+    for index in _batches(answers, budget, "scoring", console):
+        rows = [answers[i] for i in index]
+        arrays = _padded(rows, _device())
+        finished = torch.tensor([row.response_ids[-1] in judge.ends for row in rows], device=arrays[0].device)
+        given, attention = _read(judge, arrays, finished)
+        for row, (i, answer) in enumerate(zip(index, rows, strict=True)):
+            inside = arrays[2][row]
+            found[i] = Scored(
+                answer=answer,
+                prompt_score=float(given.prompt[row]),
+                prefix=given.prefix[row][inside].double().cpu().numpy(),
+                score=float(given.pooled[row]),
+                finished=bool(finished[row]),
+                attention=None if attention is None else attention[row][inside].double().cpu().numpy(),
+            )
+    if not all(np.isfinite([s.score, s.prompt_score, *s.prefix]).all() for s in found.values()):
+        raise ModelError(f"{judge.source}: gives scores that are not finite; its weights are damaged")
+    return [found[i] for i in range(len(answers))]
+
+
+@torch.inference_mode()
+def reference_logprobs(judge: Judge, policy: str, answers: Sequence[Answer], *, console: Console = QUIET) -> Credit:
+    """``log pi(y_t | x, y_<t)`` of a policy with the reward model's vocabulary, for each token of each answer. [nats]
+
+    Raises:
+        ModelError: the policy cannot be loaded, or its vocabulary is another one.
+    """
+    check_same_vocabulary(load_tokenizer(policy), judge.tokenizer)
+    model = load_policy(policy, torch.float32).to(_device())
+    found: dict[int, np.ndarray] = {}
+    for index in _batches(answers, MICROBATCH_TOKENS, "reference", console):
+        ids, attention, response = _padded([answers[i] for i in index], _device())
+        given = token_logprobs(model, ids, attention, response, temperature=1.0)
+        for row, i in enumerate(index):
+            found[i] = given[row][response[row]].double().cpu().numpy()
+    return [found[i] for i in range(len(answers))]
+
+
+def unit(scored: Sequence[Scored]) -> tuple[float, float]:
+    """Mean and standard deviation of the scores: zero and unit of all credit.
+
+    Raises:
+        ModelError: all scores are the same, so the model tells nothing apart.
+    """
+    scores = np.array([s.score for s in scored])
+    if not scores.std() > 0.0:
+        raise ModelError(f"the reward model gives all {len(scores)} answers the same score {scores[0]:g}")
+    return float(scores.mean()), float(scores.std())
+
+
+def standardised(scored: Sequence[Scored], *, mean: float, std: float) -> tuple[PrefixScores, Tensor]:
+    """All prefix scores as ``(score - mean) / std``, padded, with the mask of the responses; float64."""
+    mask = torch.arange(max(len(s.prefix) for s in scored)) < torch.tensor([len(s.prefix) for s in scored])[:, None]
+    prefix = (pad_rows([s.prefix for s in scored], fill=0.0) - mean) / std
+    prompt, pooled = (
+        (torch.tensor([value(s) for s in scored], dtype=torch.float64) - mean) / std
+        for value in (lambda s: s.prompt_score, lambda s: s.score)
+    )
+    return PrefixScores(prefix=prefix.masked_fill(~mask, 0.0), prompt=prompt, pooled=pooled), mask
+
+
+def credit_by_method(judge: Judge, scored: Sequence[Scored], *, mean: float, std: float) -> dict[str, Credit]:
+    """What every method in `METHODS` pays each token, in standard deviations of the score; `segment` by sentence.
+
+    A method that reads what is not at hand is left out: `abc` without attention, `segment` where no token of the
+    tokenizer ends a sentence.
+    """
+    scores, mask = standardised(scored, mean=mean, std=std)
+    inputs = {"abc": _attention(scored), "segment": _span_ends(judge, scored, mask)}
+    paid: dict[str, Credit] = {}
+    for mode, method in METHODS.items():
+        at_hand = inputs.get(mode, {})
+        if _reads(method) <= at_hand.keys():
+            bound = partial(method, **at_hand)
+            rewards = redistribute(scores, mask, mode=mode, beta_c=1.0, subtract_prompt_score=True, method=bound)
+            paid[mode] = unpadded(rewards, mask)
+    return paid
+
+
+def r3hf_credit(scored: Sequence[Scored], *, mean: float, std: float) -> Credit:
+    """What `r3hf` pays each token, in standard deviations of the score."""
+    scores, mask = standardised(scored, mean=mean, std=std)
+    return unpadded(redistribute(scores, mask, mode="r3hf", beta_c=1.0, subtract_prompt_score=True), mask)
+
+
+def _reads(method: Callable[..., Tensor]) -> set[str]:
+    """What a method must be given by keyword."""
+    parameters = inspect.signature(method).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+
+
+def _attention(scored: Sequence[Scored]) -> dict[str, Tensor]:
+    rows = [s.attention for s in scored if s.attention is not None]
+    return {"attention": pad_rows(rows, fill=0.0)} if len(rows) == len(scored) else {}
+
+
+def _span_ends(judge: Judge, scored: Sequence[Scored], mask: Tensor) -> dict[str, Tensor]:
+    try:
+        ends = sentence_end_ids(judge.tokenizer)
+    except ModelError:
+        return {}
+    ids = pad_rows([np.array(s.answer.response_ids) for s in scored], fill=0).long()
+    return {"span_ends": sentence_ends(ids, mask, end_ids=torch.tensor(ends))}
+
+
+def largest_telescoping_error(scored: Sequence[Scored], *, mean: float, std: float) -> float:
+    """Largest relative gap between a response's `r3hf` rewards and R(x, y) - R(x, empty); about 1e-7 is rounding."""
+    scores, mask = standardised(scored, mean=mean, std=std)
+    rewards = redistribute(scores, mask, mode="r3hf", beta_c=1.0, subtract_prompt_score=True)
+    gap = telescoping_error(rewards, scores, mask, mode="r3hf", beta_c=1.0, subtract_prompt_score=True)
+    return float(gap.max())
+
+
+def unpadded(values: Tensor, mask: Tensor) -> Credit:
+    """The masked part of each row, as float64 arrays."""
+    return [row[inside].double().numpy() for row, inside in zip(values, mask, strict=True)]
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Each token as text, for people."""
+    return [str(tokenizer.decode([token])) for token in ids]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _read(judge: Judge, arrays: tuple[Tensor, Tensor, Tensor], finished: Tensor) -> tuple[PrefixScores, Tensor | None]:
+    if judge.reads_attention:
+        return prefix_scores_and_attention(judge.model, *arrays, suffix_ids=judge.suffix_ids, finished=finished)
+    return prefix_scores(judge.model, *arrays, suffix_ids=judge.suffix_ids, finished=finished), None
+
+
+def _batches(answers: Sequence[Answer], budget: int, what: str, console: Console) -> Iterator[list[int]]:
+    lengths = [len(answer.prompt_ids) + len(answer.response_ids) for answer in answers]
+    groups = microbatches(lengths, budget_tokens=budget)
+    yield from track(groups, description=what, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _padded(rows: Sequence[Answer], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, attention mask and response mask, right-padded."""
+    sequences = [np.array(row.prompt_ids + row.response_ids) for row in rows]
+    prompts = torch.tensor([len(row.prompt_ids) for row in rows])
+    ids = pad_rows(sequences, fill=0).long()
+    position = torch.arange(ids.shape[1])
+    attention = position < torch.tensor([len(s) for s in sequences])[:, None]
+    response = attention & (position >= prompts[:, None])
+    return ids.to(device), attention.to(device), response.to(device)

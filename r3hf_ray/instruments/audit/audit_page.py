@@ -1,0 +1,275 @@
+"""What the page of `r3hf audit` says: verdict, settings to start with, curves, and pairs in colour."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from r3hf_ray.instruments.audit.answers import Scored, r3hf_credit
+from r3hf_ray.instruments.audit.audit import Audit
+from r3hf_ray.instruments.audit.cards import spread_out, text_of
+from r3hf_ray.instruments.audit.verdict import HALF, Verdict
+from r3hf_ray.instruments.pages.page import Chart, Check, Page, Row, Section, Table
+from r3hf_ray.instruments.report.cards import NOTES, card, panel, scale_of
+from r3hf_ray.instruments.report.summary import Tile
+
+SHOWN_PAIRS = 8
+SHOWN_DOTS = 600
+READ = "share of the answer read"
+Pairs = Sequence[tuple[Scored, Scored]]
+STATUS = {
+    "likely": ("signal likely", "good"),
+    "weak": ("weak signal", "warn"),
+    "unlikely": ("signal unlikely", "warn"),
+    "none": ("does not rank", "warn"),
+    "unknown": ("too few pairs", "warn"),
+}
+
+
+def audit_page(audit: Audit, verdict: Verdict, pairs: Pairs, *, title: str, about: str) -> Page:
+    """The page of an audit."""
+    status, tone = STATUS[verdict.signal]
+    settings = [
+        ("reward.mode", f'"{verdict.mode}"'),
+        ("critic.init", f'"{verdict.critic_init}"'),
+        ("ppo.gae_lambda", f"{verdict.gae_lambda:g}"),
+    ]
+    caution = Check(
+        "plain",
+        "What pairs cannot show.",
+        "They say which answer is better, never which words: run r3hf credit on text with known mistakes before you "
+        "trust token rewards.",
+    )
+    notes = [Check("warn", "Note.", note) for note in verdict.notes]
+    return Page(
+        brand="r3hf_ray reward model audit",
+        title=title,
+        verdict=verdict.sentence,
+        status=status,
+        tone="good" if tone == "good" else "warn",
+        about=about,
+        tiles=_tiles(audit),
+        sections=[
+            Section(
+                id="start",
+                title="What to start with",
+                intro="Settings for a first run, from the numbers below. They are a start, not a proof.",
+                settings=settings,
+                reason=verdict.reason,
+                checks=[*notes, caution],
+            ),
+            Section(
+                id="prefixes",
+                title="Does half an answer already have a score?",
+                intro="Reward models are trained on whole answers. Redistribution reads them after every token, so "
+                "what they say of beginnings decides what tokens are paid. Scores are in standard deviations of the "
+                "final score.",
+                charts=_prefix_charts(audit),
+            ),
+            Section(
+                id="credit",
+                title="Where does the credit fall?",
+                intro="What r3hf would pay: each token gets the change it makes in the score.",
+                charts=_credit_charts(audit, pairs),
+            ),
+            Section(
+                id="texts",
+                title="Pairs, token by token",
+                intro="From the clearest right ranking to the clearest wrong one. Blue tokens raised the score, orange "
+                "ones lowered it; point at one for its numbers. The line under the words is the score of everything up "
+                "to there, on one scale for both answers; the dotted line is where the prompt left it.",
+            ),
+            Section(id="numbers", title="All numbers", intro="As in audit.json.", tables=[_table(audit)]),
+        ],
+    )
+
+
+def pair_cards(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, audit: Audit) -> list[dict[str, Any]]:
+    """Pairs from the clearest right ranking to the clearest wrong one, both answers coloured by r3hf."""
+    mean, std = audit.score_mean, audit.score_std
+    margins = np.array([chosen.score - rejected.score for chosen, rejected in pairs]) / std
+    picked = spread_out(margins, SHOWN_PAIRS)
+    credit = [r3hf_credit(pairs[i], mean=mean, std=std) for i in picked]
+    scale = scale_of([paid for both in credit for paid in both])
+    return [
+        card(
+            label="ranked right" if margins[i] > 0 else "ranked wrong",
+            facts=[("lead of the chosen answer", f"{margins[i]:+.2f} std")],
+            prompt=str(tokenizer.decode(pairs[i][0].answer.prompt_ids)),
+            texts=[
+                text_of(
+                    answer,
+                    tokenizer,
+                    mean=mean,
+                    std=std,
+                    title=name,
+                    note=f"score {(answer.score - mean) / std:+.2f}, {len(answer.prefix)} tokens",
+                )
+                for name, answer in zip(("chosen", "rejected"), pairs[i], strict=True)
+            ],
+            panels=[panel("r3hf", NOTES["r3hf"], paid, scale=scale, of=k) for k, paid in enumerate(both)],
+        )
+        for i, both in zip(picked, credit, strict=True)
+    ]
+
+
+def _tiles(audit: Audit) -> list[Tile]:
+    half, length = audit.places[HALF].agrees, audit.length
+    return [
+        _tile("Ranks pairs right", audit.accuracy.value, "95% interval", audit.accuracy.low, audit.accuracy.high),
+        _tile("Already half-way", half.value, "95% interval", half.low, half.high),
+        Tile(
+            "Up and down",
+            f"{audit.abs_credit:.1f}",
+            f"sum of |token reward| an answer; {audit.noise:.1f} × a steady one",
+        ),
+        Tile(
+            "Credit on the end token",
+            f"{audit.ending.share:.0%}",
+            f"of all; {audit.ending.finished:.0%} of answers end",
+        ),
+        Tile("Prompt's own score", f"{audit.prompt_offset:.2f}", "std over prompts, of the score's std"),
+        Tile(
+            "Prefers the longer answer",
+            _percent(length.longer_preferred.value),
+            f"people: {_percent(length.longer_chosen.value)}; score and length r = {length.correlation:.2f}",
+        ),
+    ]
+
+
+def _tile(label: str, value: float, note: str, low: float, high: float) -> Tile:
+    return Tile(label, f"{value:.1%}", f"{note} {low:.1%} to {high:.1%}", "good" if low > 0.5 else "bad")
+
+
+def _prefix_charts(audit: Audit) -> list[Chart]:
+    read = [place.read for place in audit.places]
+    return [
+        Chart(
+            title="When is the better answer ahead?",
+            kind="lines",
+            unit="share of pairs",
+            sentence="How often the chosen answer already scores higher when this much of both has been read. At 50% "
+            "the model is guessing; a line that leaves it early means that beginnings carry signal. The band is the "
+            "95% interval.",
+            series=[
+                {
+                    "label": "chosen ahead",
+                    "x": read,
+                    "y": [p.agrees.value for p in audit.places],
+                    "low": [p.agrees.low for p in audit.places],
+                    "high": [p.agrees.high for p in audit.places],
+                }
+            ],
+            reference=0.5,
+            x_title=READ,
+            percent=True,
+        ),
+        Chart(
+            title="How far do scores drift?",
+            kind="lines",
+            unit="standard deviations",
+            sentence="Mean change of the score since the prompt; the band holds 80% of the answers. A drift before the "
+            "end pays or charges every token for being there; a step at the end is the end token.",
+            series=[
+                {
+                    "label": "change since the prompt",
+                    "x": read,
+                    "y": [p.drift for p in audit.places],
+                    "low": [p.low for p in audit.places],
+                    "high": [p.high for p in audit.places],
+                }
+            ],
+            reference=0.0,
+            x_title=READ,
+            percent=True,
+        ),
+        Chart(
+            title="How much does a beginning foretell?",
+            kind="lines",
+            unit="correlation, standard deviations",
+            sentence="Correlation of the change so far with the whole change, and the spread of prefix scores over "
+            "answers (1 at the end). High early: the score is settled early. Spread far above 1: prefixes are "
+            "scored wildly.",
+            series=[
+                {"label": "foretells the outcome", "x": read, "y": [p.foretells for p in audit.places]},
+                {"label": "spread", "x": read, "y": [p.spread for p in audit.places], "quiet": True},
+            ],
+            x_title=READ,
+            percent=True,
+        ),
+    ]
+
+
+def _credit_charts(audit: Audit, pairs: Pairs) -> list[Chart]:
+    answers = [answer for pair in pairs for answer in pair][:SHOWN_DOTS]
+    places = [f"{10 * i}–{10 * i + 10}%" for i in range(10)]
+    return [
+        Chart(
+            title="Share of the credit by place",
+            unit="of all |token reward|",
+            sentence="Each tenth of the answers, and the end token apart (orange; it takes the template text behind it "
+            "along). A tall end token means that redistribution changes little.",
+            kind="bars",
+            series=[
+                {
+                    "label": "share",
+                    "x": [*places, "end"],
+                    "y": [*audit.credit_by_part, audit.ending.share],
+                    "marks": [*[0] * 10, 1],
+                }
+            ],
+            x_title="place in the answer",
+        ),
+        Chart(
+            title="Score and length",
+            unit="one dot an answer",
+            sentence=f"Over answers the correlation is {audit.length.correlation:.2f}; over pairs, of the differences, "
+            f"it is {audit.length.difference_correlation:.2f}. A model that likes length will be given length.",
+            kind="scatter",
+            series=[
+                {
+                    "label": "answer",
+                    "x": [len(a.prefix) for a in answers],
+                    "y": [(a.score - audit.score_mean) / audit.score_std for a in answers],
+                }
+            ],
+            x_title="tokens of the answer",
+            y_title="score",
+        ),
+    ]
+
+
+def _table(audit: Audit) -> Table:
+    length, ending = audit.length, audit.ending
+    rows = [
+        ("pairs", f"{audit.pairs:,}", ""),
+        ("pair accuracy", str(audit.accuracy), "ties count one half; 95% Wilson interval"),
+        *(
+            (f"ahead after {p.read:.0%}", str(p.agrees), f"drift {p.drift:+.2f}, spread {p.spread:.2f}")
+            for p in audit.places
+        ),
+        ("mean and std of the score", f"{audit.score_mean:.3f}, {audit.score_std:.3f}", "the reward model's own units"),
+        ("sum of |token reward|", f"{audit.abs_credit:.2f}", "mean over answers, in std of the score"),
+        ("the same, of a steady walk", f"{audit.noise:.2f} ×", "1: no step is taken back later"),
+        ("credit on the first token", f"{audit.first_share:.1%}", "of all"),
+        (
+            "credit on the end token",
+            f"{ending.share:.1%}",
+            f"of all; template text behind it {ending.template_share:.1%}",
+        ),
+        ("change at the end token", f"{ending.mean:+.2f}", "mean, in std of the score"),
+        ("answers that end", f"{ending.finished:.1%}", "the others were cut"),
+        ("std of R(prompt)", f"{audit.prompt_offset:.2f}", "in std of the score; Bradley-Terry never sees it"),
+        ("score and length", f"{length.correlation:.2f}", "correlation over answers"),
+        ("differences of both", f"{length.difference_correlation:.2f}", "correlation over pairs"),
+        ("'the longer one wins'", str(length.longer_chosen), "accuracy of that rule"),
+        ("prefers the longer one", str(length.longer_preferred), "the reward model"),
+        ("mean length", f"{audit.mean_tokens:.1f}", "tokens of an answer"),
+        ("telescoping error", f"{audit.telescoping_error:.1e}", "token rewards against R(x, y) − R(x, empty)"),
+    ]
+    return Table(head=["what", "value", "of what"], rows=[Row(row) for row in rows], words=True)
+
+
+def _percent(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.0%}"

@@ -1,0 +1,224 @@
+"""`r3hf audit` and `r3hf credit`: load, measure, write the page and its numbers, and say the result in few lines."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from r3hf_ray.errors import ConfigError
+from r3hf_ray.instruments.audit.answers import (
+    Answer,
+    Credit,
+    Judge,
+    credit_by_method,
+    load_judge,
+    r3hf_credit,
+    reference_logprobs,
+    score_answers,
+    unit,
+    untrained,
+)
+from r3hf_ray.instruments.audit.audit import audit_numbers
+from r3hf_ray.instruments.audit.audit_page import audit_page, pair_cards
+from r3hf_ray.instruments.audit.pairs import audit_pairs, selection
+from r3hf_ray.instruments.audit.verdict import verdict
+from r3hf_ray.instruments.credit.human_credit import LOGPROB, UNTRAINED, blame, human_rows, human_verdict, pair_rows
+from r3hf_ray.instruments.credit.human_credit import with_controls as with_human_controls
+from r3hf_ray.instruments.credit.human_page import human_cards, human_page
+from r3hf_ray.instruments.credit.marked import MarkedAnswer, Text, load_marked
+from r3hf_ray.instruments.credit.toy_credit import first_advantages, toy_bars, toy_responses, toy_rows, with_controls
+from r3hf_ray.instruments.credit.toy_page import toy_cards, toy_page
+from r3hf_ray.instruments.pages.page import write_page
+from r3hf_ray.sections.data import DataSection
+
+QA_FEEDBACK = ("dev_feedback.json", "qa_feedback.jsonl.gz", "qa_feedback.jsonl")
+QA_FEEDBACK_URL = (
+    "https://raw.githubusercontent.com/allenai/FineGrainedRLHF/main/tasks/qa_feedback/data/dev_feedback.json"
+)
+
+
+def run_audit(reward_model: str, data: DataSection, *, folder: Path, console: Console) -> int:
+    """Audit a reward model on preference pairs; 0, whatever the verdict.
+
+    Args:
+        reward_model: folder or hub name.
+        data: the pairs, as in a job of `r3hf reward`; its lengths are the reward model's window.
+        folder: for ``audit.html`` and ``audit.json``.
+        console: for the results.
+
+    Raises:
+        ConfigError: the model or the data cannot be used.
+    """
+    judge = load_judge(reward_model)
+    pairs, report = audit_pairs(data, judge.tokenizer, window=judge.window)
+    console.print(report, markup=False)
+    answers = [Answer(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    scored = score_answers(judge, answers, console=console)
+    judged = list(zip(scored[::2], scored[1::2], strict=True))
+    audit = audit_numbers(judged)
+    found = verdict(audit)
+    about = f"{audit.pairs:,} pairs of {selection(data)}"
+    page = write_page(
+        folder,
+        "audit",
+        audit_page(audit, found, judged, title=_name(reward_model), about=about),
+        cards=pair_cards(judged, judge.tokenizer, audit),
+        numbers={
+            "reward_model": reward_model,
+            "data": data.model_dump(exclude_defaults=True),
+            "report": report,
+            "verdict": found,
+            "audit": audit,
+        },
+    )
+    console.print(found.sentence, markup=False)
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False)
+    console.print(f"page: {page}", markup=False)
+    return 0
+
+
+def run_credit(
+    benchmark: str,
+    reward_model: str,
+    *,
+    policy: str | None,
+    limit: int | None,
+    max_response_tokens: int,
+    seed: int,
+    folder: Path,
+    console: Console,
+) -> int:
+    """Measure the credit of every method; 1 if a bar of the toy is missed, which too few responses cannot.
+
+    Args:
+        benchmark: ``toy``, ``qa_feedback``, or a file of marked answers (see `marked`).
+        reward_model: folder or hub name.
+        policy: samples the toy's responses; gives the reference log-probability to marked answers.
+        limit: of responses (toy: 400 when left out) or answers (all).
+        max_response_tokens: of the toy's responses; it also decides how many facts a topic has.
+        seed: of the toy's responses and of the controls.
+        folder: for ``credit.html`` and ``credit.json``.
+        console: for the results.
+
+    Raises:
+        ConfigError: a model or the data cannot be used.
+    """
+    judge = load_judge(reward_model, attention=True)
+    if benchmark == "toy":
+        return _toy(judge, policy, limit or 400, max_response_tokens, seed, folder, console)
+    source = _qa_feedback() if benchmark == "qa_feedback" else benchmark
+    return _human(judge, source, policy, limit, seed, folder, console)
+
+
+def _toy(
+    judge: Judge, policy: str | None, count: int, max_response_tokens: int, seed: int, folder: Path, console: Console
+) -> int:
+    responses = toy_responses(judge, policy, count=count, max_response_tokens=max_response_tokens, seed=seed)
+    scored = score_answers(judge, [response.answer for response in responses], console=console)
+    mean, std = unit(scored)
+    paid = credit_by_method(judge, scored, mean=mean, std=std)
+    rows = toy_rows(with_controls(paid, responses, seed=seed), responses)
+    advantages = first_advantages(scored, responses, mean=mean, std=std)
+    bars = toy_bars(rows, advantages)
+    author = f"sampled from {policy}" if policy else "by the toy's author"
+    page = write_page(
+        folder,
+        "credit",
+        toy_page(rows, advantages, bars, title=_name(judge.source), about=f"{count:,} toy responses {author}"),
+        cards=toy_cards(scored, responses, paid, judge.tokenizer, mean=mean, std=std),
+        numbers={
+            "reward_model": judge.source,
+            "policy": policy,
+            "responses": count,
+            "seed": seed,
+            "rows": rows,
+            "first_advantages": advantages,
+            "bars": bars,
+        },
+    )
+    for row in rows:
+        console.print(f"{row.method:<10} phrase AUC {row.phrase_auc}  token AUC {row.token_auc}", markup=False)
+    for bar in bars:
+        console.print(f"{bar.label}: {bar.sentence}", markup=False)
+    console.print(f"page: {page}", markup=False)
+    return 1 if any(bar.holds is False for bar in bars) else 0
+
+
+def _human(
+    judge: Judge, source: str, policy: str | None, limit: int | None, seed: int, folder: Path, console: Console
+) -> int:
+    answers, report = load_marked(source, judge, limit=limit)
+    console.print(report, markup=False)
+    originals, count = [answer.original for answer in answers], len(answers)
+    texts = [*originals, *(answer.corrected for answer in answers if answer.corrected is not None)]
+    scored = score_answers(judge, [text.answer for text in texts], console=console)
+    mean, std = unit(scored[:count])
+    controls, totals = _controls(judge, texts, policy, seed, console)
+    totals = {"reward model": [s.score for s in scored], **totals}
+    paid = with_human_controls(credit_by_method(judge, scored, mean=mean, std=std), texts, seed=seed, more=controls)
+    first = {method: credit[:count] for method, credit in paid.items()}
+    rows = human_rows(first, {method: credit[count:] for method, credit in paid.items()}, answers)
+    amended = [answer for answer in answers if answer.corrected is not None]
+    pairs = pair_rows({name: _margins(answers, values) for name, values in totals.items()}, amended)
+    found, about = human_verdict(rows), f"{count:,} marked answers of {source}"
+    areas = [blame(credit, answer) for credit, answer in zip(first["r3hf"], answers, strict=True)]
+    page = write_page(
+        folder,
+        "credit",
+        human_page(rows, pairs, title=_name(judge.source), about=about, report=report),
+        cards=human_cards(answers, scored[:count], first, areas, judge.tokenizer, mean=mean, std=std),
+        numbers={
+            "reward_model": judge.source,
+            "policy": policy,
+            "data": source,
+            "report": report,
+            "seed": seed,
+            "verdict": found,
+            "rows": rows,
+            "corrected_pairs": pairs,
+        },
+    )
+    for row in rows:
+        console.print(f"{row.method:<26} AUROC {row.auroc}  {row.auroc.count} questions", markup=False)
+    console.print(f"{found.sentence}\npage: {page}", markup=False)
+    return 0
+
+
+def _controls(
+    judge: Judge, texts: Sequence[Text], policy: str | None, seed: int, console: Console
+) -> tuple[dict[str, Credit], dict[str, list[float]]]:
+    """What needs a model or a length: credit of every token, and a score of every text."""
+    answers = [text.answer for text in texts]
+    fresh = score_answers(untrained(judge, seed=seed), answers, console=console)
+    mean, std = unit(fresh)
+    credit = {UNTRAINED: r3hf_credit(fresh, mean=mean, std=std)}
+    totals = {UNTRAINED: [scored.score for scored in fresh]}
+    if policy is not None:
+        credit[LOGPROB] = reference_logprobs(judge, policy, answers, console=console)
+        totals[f"{LOGPROB} a token"] = [float(logprobs.mean()) for logprobs in credit[LOGPROB]]
+    totals["longer wins"] = [float(len(answer.response_ids)) for answer in answers]
+    return credit, totals
+
+
+def _margins(answers: Sequence[MarkedAnswer], values: Sequence[float]) -> list[float]:
+    """What each corrected answer has more than its original; values are of all originals, then of all corrected."""
+    before = [value for value, answer in zip(values, answers, strict=False) if answer.corrected is not None]
+    return [after - first for first, after in zip(before, values[len(answers) :], strict=True)]
+
+
+def _qa_feedback() -> str:
+    folders = (Path(), Path("data"))
+    found = next((folder / name for folder in folders for name in QA_FEEDBACK if (folder / name).is_file()), None)
+    if found is None:
+        raise ConfigError(
+            f"qa_feedback: no {QA_FEEDBACK[0]} here or in data/; get it with `curl -O {QA_FEEDBACK_URL}` (Apache-2.0), "
+            "or name a file of marked answers"
+        )
+    return str(found)
+
+
+def _name(source: str) -> str:
+    """What to call a model: runs/toy_reward/model is toy_reward."""
+    path = Path(source)
+    return path.resolve().parent.name if path.name == "model" else path.name

@@ -1,0 +1,122 @@
+"""The arms of a comparison over their seeds, and whether they do what was expected of them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from r3hf_ray.instruments.compare.records import Record
+from r3hf_ray.instruments.compare.settings import CompareConfig, CompareSection, Expectation
+from r3hf_ray.instruments.compare.statistics import Ratio, Reach, mean_and_spread, mean_ratio, paired_ratios
+
+Verdict = Literal["met", "missed", "not run"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmResult:
+    """The runs of one arm; numbers are over its finished ones."""
+
+    name: str
+    group: str
+    baseline: bool
+    runs: tuple[Record, ...]
+    ratios: tuple[Ratio, ...]
+    """Samples to the threshold over the baseline's, by seed; empty for the baseline itself."""
+    pairs: int
+    """Seeds that both have finished; those that tell nothing have no ratio."""
+
+    @property
+    def finished(self) -> tuple[Record, ...]:
+        """Runs that got to the end."""
+        return tuple(run for run in self.runs if run.status == "finished")
+
+    @property
+    def reached(self) -> dict[int, Reach]:
+        """Seed -> samples to the threshold, of finished runs."""
+        return {run.seed: run.reached for run in self.finished}
+
+    @property
+    def final_gold(self) -> tuple[float, float]:
+        """Mean and spread over seeds of the held-out gold at the end."""
+        return mean_and_spread([run.final_gold for run in self.finished])
+
+    @property
+    def samples(self) -> float:
+        """Mean samples to the threshold; NaN if a seed never got there or none has finished."""
+        reached = [math.nan if reach.at is None else float(reach.at) for reach in self.reached.values()]
+        return math.fsum(reached) / len(reached) if reached else math.nan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """An expectation and what became of it."""
+
+    sentence: str
+    found: str
+    """What was measured."""
+    verdict: Verdict
+
+
+def arm_results(config: CompareConfig, records: Sequence[Record]) -> list[ArmResult]:
+    """Arms in the order of the configuration."""
+    reached = {
+        arm.name: {r.seed: r.reached for r in records if r.arm == arm.name and r.status == "finished"}
+        for arm in config.arms
+    }
+    baseline = config.compare.baseline
+    return [
+        ArmResult(
+            name=arm.name,
+            group=arm.group,
+            baseline=arm.name == baseline,
+            runs=tuple(record for record in records if record.arm == arm.name),
+            ratios=() if arm.name == baseline else tuple(paired_ratios(reached[arm.name], reached[baseline])),
+            pairs=len(set(reached[arm.name]) & set(reached[baseline])),
+        )
+        for arm in config.arms
+    ]
+
+
+def judge_bars(config: CompareConfig, results: Sequence[ArmResult]) -> list[Bar]:
+    """Every expectation of the configuration against the finished runs."""
+    arms = {result.name: result for result in results}
+    return [_judge(bar, arms, config.compare) for bar in config.bars]
+
+
+def _judge(bar: Expectation, arms: Mapping[str, ArmResult], settings: CompareSection) -> Bar:
+    arm, against, goal = arms[bar.arm], arms[bar.against], f"{settings.measured} {settings.threshold:g}"
+    if bar.measure == "gold":
+        return _gold(bar, arm, against, settings.measured)
+    ratios = paired_ratios(arm.reached, against.reached)
+    shared = set(arm.reached) & set(against.reached)
+    mean, bounds, told = mean_ratio(ratios), {ratio.bound for ratio in ratios}, len(ratios) == len(shared)
+    if bar.measure == "samples":
+        sentence = f"{bar.arm} reaches {goal} in at most {bar.bound:.0%} of the samples of {bar.against}"
+        holds = told and mean <= bar.bound and ">" not in bounds  # `<` makes the mean an upper bound: enough
+    else:
+        sentence = f"{bar.arm} needs within {bar.bound:.0%} of the samples of {bar.against} to {goal}"
+        holds = told and bounds == {""} and abs(math.log(mean)) <= math.log1p(bar.bound) + 1e-9
+    if not shared:
+        return Bar(sentence=sentence, found="no seed of both has finished", verdict="not run")
+    found = (
+        f"mean paired ratio {mean:.2f} ({ratio_text(ratios)})" if ratios else "no seed tells: both never, or at once"
+    )
+    return Bar(sentence=sentence, found=found, verdict="met" if holds else "missed")
+
+
+def _gold(bar: Expectation, arm: ArmResult, against: ArmResult, measured: str) -> Bar:
+    sentence = f"final {measured} of {bar.arm} is not more than {bar.bound:g} below that of {bar.against}"
+    seeds = set(arm.reached) & set(against.reached)
+    own, other = (mean_and_spread([r.final_gold for r in a.finished if r.seed in seeds])[0] for a in (arm, against))
+    if not (math.isfinite(own) and math.isfinite(other)):
+        return Bar(sentence=sentence, found="no seed of both has finished", verdict="not run")
+    return Bar(
+        sentence=sentence,
+        found=f"{own:.2f} against {other:.2f}, seeds {', '.join(map(str, sorted(seeds)))}",
+        verdict="met" if own >= other - bar.bound else "missed",
+    )
+
+
+def ratio_text(ratios: Sequence[Ratio]) -> str:
+    """`seed 0 0.63, seed 1 >3.40`."""
+    return ", ".join(f"seed {ratio.seed} {ratio}" for ratio in ratios)

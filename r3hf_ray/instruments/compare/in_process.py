@@ -1,0 +1,164 @@
+"""A PPO run in one process: the system's own engine, scorer and learner, called one after another, without Ray.
+
+It computes what the system computes at lag 0 with one learner rank (the same seeds, prompts, minibatches and code; a
+test holds the two together) at a fraction of the cost, since one engine serves many runs. It is for screening: no
+failure is retried and nothing resumes inside a run. Results of record come from the system.
+"""
+
+import logging
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from r3hf_ray.actors.actor_settings import engine_settings, scoring_settings
+from r3hf_ray.actors.rollout import EngineSettings, RolloutActor
+from r3hf_ray.actors.shares import calibration_of, evaluation_metrics
+from r3hf_ray.config import PPOConfig
+from r3hf_ray.draws import minibatch_of, step_requests, stream_requests
+from r3hf_ray.errors import RunFailed
+from r3hf_ray.instruments.compare.schedules import Schedule, at_step, check_schedules, remixed
+from r3hf_ray.preflight import Plan, check
+from r3hf_ray.records.jsonl import JsonlLog, read_jsonl
+from r3hf_ray.records.metrics import STEP
+from r3hf_ray.records.run_folder import open_run
+from r3hf_ray.scoring.scorer import Scorer
+from r3hf_ray.training.ppo import PPOLearner, RewardScale
+from r3hf_ray.types import Failure, Request, ScoredTrajectory
+
+Row = dict[str, float]
+
+
+class Workbench:
+    """Runs configurations one after another; the engine is kept while its settings stay the same."""
+
+    def __init__(self) -> None:
+        self._engine: tuple[EngineSettings, RolloutActor] | None = None
+
+    def run(self, config: PPOConfig, schedules: tuple[Schedule, ...] = ()) -> Path:
+        """One run, from its configuration to a folder with ``metrics.jsonl`` and ``events.jsonl``; no model is saved.
+
+        Raises:
+            ConfigError: the configuration cannot be used, or the folder exists and is not of an unfinished run of this
+                kind, which begins again.
+            RunFailed: a sample could not be made or scored, or the engine runs other weights than the learner.
+            DivergenceError: a loss is not finite.
+        """
+        torch.set_num_threads(config.learner.threads)
+        check_schedules(config, schedules)
+        plan = check(config)
+        config = plan.config
+        _clear(config.run.folder / config.run.name)
+        folder, _ = open_run(config, config.run, resume=False)
+        metrics, events = JsonlLog(folder / "metrics.jsonl"), JsonlLog(folder / "events.jsonl")
+        with metrics, events:
+            events.write({"event": "started", "step": 0, "in_process": True, "schedules": list(map(str, schedules))})
+            run = _Run(config, schedules, plan, self._engine_for(config, plan), folder)
+            for row in run.rows():
+                metrics.write({"time": time.time(), **row})
+            events.write({"event": "finished", "step": config.ppo.steps})
+        return folder
+
+    def _engine_for(self, config: PPOConfig, plan: Plan) -> RolloutActor:
+        settings = engine_settings(config, plan)
+        os.environ.update(settings.environment())  # vLLM reads it at import, and the next import is vLLM's
+        from r3hf_ray.weights.in_process import BACKEND
+
+        settings = replace(settings, backend=BACKEND)
+        if self._engine is None or self._engine[0] != settings:
+            self._engine = (settings, RolloutActor(settings))
+            logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns at every load of weights, of nothing
+        return self._engine[1]
+
+
+class _Run:
+    def __init__(
+        self, config: PPOConfig, schedules: tuple[Schedule, ...], plan: Plan, engine: RolloutActor, folder: Path
+    ) -> None:
+        self._config, self._schedules, self._plan, self._engine = config, schedules, plan, engine
+        self._scorer = Scorer(scoring_settings(config, plan))
+        self._learner = PPOLearner(config, scale=RewardScale(), device="cpu", mesh=None, capsules=folder / "divergence")
+
+    def rows(self) -> list[Row]:
+        """Every row of the run's metrics."""
+        config = self._config
+        self._publish()
+        self._calibrate()
+        rows, every = [self._evaluation(0)], config.evaluation.every
+        for step in range(1, config.ppo.steps + 1):
+            rows.append(self._step(step - 1))
+            self._publish()
+            if step == config.ppo.steps or (every and step % every == 0):
+                rows.append(self._evaluation(step))
+        return rows
+
+    def _step(self, step: int) -> Row:
+        start, rollout = time.perf_counter(), self._config.rollout
+        self._learner.config = config = at_step(self._config, self._schedules, step)
+        if any(schedule.field == "ppo.kl_coef" for schedule in self._schedules):
+            self._learner.kl_coef = config.ppo.kl_coef
+        scored = self._scored(
+            step_requests(
+                self._plan.prompts,
+                seed=config.run.seed,
+                step=step,
+                prompts_per_step=rollout.prompts_per_step,
+                samples_per_prompt=rollout.samples_per_prompt,
+            )
+        )
+        if config.reward.beta_c != self._config.reward.beta_c:
+            scored = [replace(item, token_rewards=remixed(item, config.reward.beta_c)) for item in scored]
+        lengths, ppo = [len(item.trajectory.token_ids) for item in scored], config.ppo
+        plans = [
+            minibatch_of(lengths, minibatches=ppo.minibatches, seed=config.run.seed, step=step, epoch=epoch)
+            for epoch in range(ppo.epochs)
+        ]
+        metrics = self._learner.update(scored, minibatch_of=plans)
+        golds = [gold for gold in (self._scorer.judge(item).gold for item in scored) if gold is not None]
+        metrics |= {"reward/gold/mean": statistics.fmean(golds)} if golds else {}
+        return {STEP: step + 1, **metrics, "time/step": time.perf_counter() - start}
+
+    def _publish(self) -> None:
+        from r3hf_ray.weights.in_process import publication
+
+        published = publication(self._learner.full_parameters(), self._learner.step)
+        if self._engine.load_weights(published).fingerprint != published.fingerprint:
+            raise RunFailed("the engine did not load the weights it was given")
+
+    def _calibrate(self) -> None:
+        config = self._config
+        count = config.reward.calibration_samples
+        if not count:
+            return
+        requests = stream_requests(self._plan.prompts, count, seed=config.run.seed, stream="calibration")
+        moments = calibration_of([self._scorer.judge(item) for item in self._scored(requests)], config)
+        for name, (mean, std) in moments.items():
+            self._learner.set_scale(RewardScale(mean=mean, scale=std if std > 0 else 1.0), name)
+
+    def _evaluation(self, step: int) -> Row:
+        config, heldout = self._config, self._plan.heldout
+        count = min(config.evaluation.prompts, len(heldout))
+        if not count:
+            return {STEP: step}
+        requests = stream_requests(heldout, count, seed=config.run.seed, stream="heldout")
+        return {STEP: step, **evaluation_metrics([self._scorer.judge(item) for item in self._scored(requests)])}
+
+    def _scored(self, requests: Sequence[Request]) -> list[ScoredTrajectory]:
+        trajectories, report = self._engine.generate(list(requests))
+        results = self._scorer.score(trajectories)
+        failures = [*report.failures, *(item for item in results if isinstance(item, Failure))]
+        if failures:
+            raise RunFailed(f"{failures[0].stage}: {failures[0].reason}")
+        return [item for item in results if isinstance(item, ScoredTrajectory)]
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an interrupted run of this kind left: it cannot go on, and its first rows would be there twice."""
+    events = read_jsonl(folder / "events.jsonl")
+    if events and events[0].get("in_process") and not any(event["event"] == "finished" for event in events):
+        shutil.rmtree(folder)

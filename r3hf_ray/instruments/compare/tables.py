@@ -1,0 +1,211 @@
+"""The tables of a comparison: the same rows for the page and for Markdown."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from r3hf_ray.instruments.compare.bars import ArmResult, Bar
+from r3hf_ray.instruments.compare.records import Record
+from r3hf_ray.instruments.compare.settings import CompareConfig
+from r3hf_ray.instruments.compare.statistics import mean_and_spread, mean_ratio, paired_difference
+from r3hf_ray.instruments.pages.page import Row, Table
+
+NOTHING = "–"
+
+
+def arm_table(config: CompareConfig, results: Sequence[ArmResult]) -> Table:
+    """One row an arm, means over its finished seeds."""
+    settings, what = config.compare, config.compare.measured
+    return Table(
+        title="Arms",
+        head=[
+            *("arm", "seeds", f"samples to {settings.threshold:g}", f"of {settings.baseline}, paired"),
+            *(
+                f"final {what}",
+                "SEM",
+                f"{what} at KL {settings.equal_kl:g}",
+                f"{what}, whole run",
+                "KL",
+                "length",
+                "EOS",
+            ),
+        ],
+        rows=[Row(_arm_cells(result), quiet=not result.finished) for result in results],
+        note=f"Samples: responses trained on until the mean {what} of {settings.window} training batches was at the "
+        "threshold; at once: in the first window already. Paired: geometric mean of that number over the baseline's, "
+        "seed by seed; > and < are bounds, where one of the two never got there or was there at once. Final: held-out "
+        "prompts, mean ± standard deviation over seeds; SEM is the error of measuring it. At KL: steps within 20% of "
+        f"{settings.equal_kl:g} nats a response. KL: mean of the last 5 steps. Grey rows have not finished.",
+    )
+
+
+PAIRED: dict[str, Callable[[Record], float]] = {
+    "at the end": lambda run: run.final_gold,
+    "whole run": lambda run: run.mean_gold,
+    "at equal KL": lambda run: run.gold_at_kl,
+    "final KL": lambda run: run.final_kl,
+    "final EOS": lambda run: run.final_eos,
+}
+"""What is subtracted, seed by seed."""
+
+
+def paired_table(config: CompareConfig, results: Sequence[ArmResult]) -> Table:
+    """One row an arm: its numbers minus the baseline's."""
+    (baseline,) = (result for result in results if result.baseline)
+    return Table(
+        title=f"Minus {baseline.name}, paired by seed",
+        head=["arm", *PAIRED],
+        rows=[
+            Row([result.name, *(_difference(result, baseline, value) for value in PAIRED.values())])
+            for result in results
+            if not result.baseline
+        ],
+        note=f"The first three: {config.compare.measured}. Mean over seeds ± its standard error; with how many seeds "
+        "the arm is higher. Few seeds say little, and seeds that share their models say nothing about other models. "
+        f"Equal KL: {config.compare.equal_kl:g} nats a response, within 20%.",
+    )
+
+
+def run_table(config: CompareConfig, results: Sequence[ArmResult]) -> Table:
+    """One row a run."""
+    final = f"final {config.compare.measured}"
+    return Table(
+        title="Runs",
+        head=["run", "status", "samples", "to threshold", "paired ratio", final, "KL", "length", "EOS", "note"],
+        rows=[
+            Row(_run_cells(result, run), quiet=run.status != "finished") for result in results for run in result.runs
+        ],
+        words=True,
+    )
+
+
+SCREENED = ", screened: each run in one process, with the system's engine, scorer and learner but without Ray"
+
+
+def markdown(
+    config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[Bar], lacking: str, *, written: str
+) -> str:
+    """The tables and expectations as a Markdown page."""
+    tables = [arm_table(config, results), paired_table(config, results), run_table(config, results)]
+    parts = [
+        f"# {config.run.name}",
+        f"{summary(config, results, bars)} {lacking}".strip(),
+        *(
+            ["## Expected", "\n".join(f"- **{bar.verdict}**: {bar.sentence}: {bar.found}" for bar in bars)]
+            if bars
+            else []
+        ),
+        *(part for table in tables for part in (f"## {table.title}", _markdown_table(table), table.note) if part),
+        f"Written {written} from `{config.compare.job}`{SCREENED if config.compare.in_process else ''}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def numbers(config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[Bar]) -> dict[str, Any]:
+    """Everything as plain data: settings, arms with their runs and curves, expectations."""
+    return {
+        "settings": config.model_dump(mode="json"),
+        "bars": [asdict(bar) for bar in bars],
+        "arms": [
+            asdict(result)
+            | {"samples": result.samples, "final_gold": dict(zip(("mean", "std"), result.final_gold, strict=True))}
+            for result in results
+        ],
+    }
+
+
+def summary(config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[Bar]) -> str:
+    """One sentence: how far the comparison is and how many expectations are met."""
+    runs = [run for result in results for run in result.runs]
+    count = {status: sum(run.status == status for run in runs) for status in ("finished", "failed")}
+    met, judged = sum(bar.verdict == "met" for bar in bars), sum(bar.verdict != "not run" for bar in bars)
+    failed = f", {count['failed']} failed" if count["failed"] else ""
+    expected = f"; of {len(bars)} expectations {judged} can be judged and {met} are met" if bars else ""
+    return f"{count['finished']} of {len(runs)} runs of {len(results)} arms are finished{failed}{expected}."
+
+
+def samples_text(result: ArmResult) -> str:
+    """Mean samples to the threshold, or how many seeds got there."""
+    if not result.finished:
+        return NOTHING
+    reached = result.reached.values()
+    there = sum(reach.at is not None for reach in reached)
+    if all(reach.at_once for reach in reached):
+        return "at once"
+    if there == len(result.finished):
+        return f"{result.samples:.0f}"
+    return f"{there} of {len(result.finished)} seeds" if there else "never"
+
+
+def _arm_cells(result: ArmResult) -> list[str]:
+    done = result.finished
+    gold, spread = result.final_gold
+    near = [run.gold_at_kl for run in done if math.isfinite(run.gold_at_kl)]
+    error = math.sqrt(math.fsum(run.final_sem**2 for run in done)) / len(done) if done else math.nan
+    return [
+        result.name,
+        f"{len(done)} of {len(result.runs)}",
+        samples_text(result),
+        _ratio(result),
+        _number(gold) + (f" ± {spread:.2f}" if math.isfinite(spread) else ""),
+        _number(error),
+        _number(_mean(near)) + (_of(len(near), len(done)) if near else ""),
+        _number(_mean([run.mean_gold for run in done])),
+        _number(_mean([run.final_kl for run in done]), 1),
+        _number(_mean([run.final_length for run in done]), 1),
+        _number(_mean([run.final_eos for run in done])),
+    ]
+
+
+def _of(known: int, all_of_them: int) -> str:
+    return "" if known == all_of_them else f" ({known} of {all_of_them})"
+
+
+def _difference(arm: ArmResult, baseline: ArmResult, value: Callable[[Record], float]) -> str:
+    own, other = ({run.seed: value(run) for run in result.finished} for result in (arm, baseline))
+    return str(paired_difference(own, other) or NOTHING)
+
+
+def _ratio(result: ArmResult) -> str:
+    if result.baseline:
+        return "baseline"
+    mean = mean_ratio(result.ratios)
+    if not math.isfinite(mean):
+        return NOTHING
+    bounds = "".join({ratio.bound for ratio in result.ratios})
+    return bounds + _number(mean) + _of(len(result.ratios), result.pairs)
+
+
+def _run_cells(result: ArmResult, run: Record) -> list[str]:
+    ratio = next((str(ratio) for ratio in result.ratios if ratio.seed == run.seed), NOTHING)
+    error = f" ± {run.final_sem:.2f}" if math.isfinite(run.final_sem) else ""
+    return [
+        f"{run.arm}-s{run.seed}",
+        run.status,
+        str(run.reached.of),
+        NOTHING if not run.samples else "never" if run.reached.at is None else str(run.reached.at),
+        "baseline" if result.baseline else ratio,
+        _number(run.final_gold) + error,
+        _number(run.final_kl, 1),
+        _number(run.final_length, 1),
+        _number(run.final_eos),
+        run.reason,
+    ]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return mean_and_spread(values)[0]
+
+
+def _number(value: float, digits: int = 2) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else NOTHING
+
+
+def _markdown_table(table: Table) -> str:
+    lines = [list(table.head), ["---"] * len(table.head), *(list(row.cells) for row in table.rows)]
+    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())

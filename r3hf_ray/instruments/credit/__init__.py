@@ -1,0 +1,1 @@
+"""`r3hf credit`: token credit against known and human credit."""

@@ -1,0 +1,228 @@
+"""Credit of each method against the toy language's known credit, and the first advantages, without any training.
+
+Areas under the curve are taken within each response and averaged over responses: pooled over responses, a method that
+pays every token of a good answer alike would look as if it knew where the good tokens are.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float64, Integer
+from torch import Tensor
+
+from r3hf_ray.algorithms.advantages import gae
+from r3hf_ray.algorithms.batching import pad_rows
+from r3hf_ray.algorithms.credit import auc, pearson, phrase_sums
+from r3hf_ray.algorithms.masking import previous_token
+from r3hf_ray.algorithms.redistribution import PrefixScores, redistribute
+from r3hf_ray.draws import seed_of
+from r3hf_ray.errors import ModelError
+from r3hf_ray.instruments.audit.answers import Answer, Credit, Judge, Scored, standardised, unpadded
+from r3hf_ray.instruments.pages.intervals import Mean, mean_interval
+from r3hf_ray.instruments.toy.author import noisy_response
+from r3hf_ray.instruments.toy.language import VOCABULARY, Request, gold_credit, make_request, phrase_ids
+from r3hf_ray.instruments.toy.sampling import render_prompt, sample_responses
+from r3hf_ray.models.load import load_policy, load_tokenizer
+
+CONTROLS = ("random", "position", "oracle")
+LAMBDAS = (0.95, 1.0)
+R3HF_BAR = 0.60
+CHANCE_WIDTH = 0.03
+ADVANTAGE_BAR = 0.05
+ENOUGH_RESPONSES = 200
+"""With fewer judged responses, a method that knows nothing is often off 0.5 by more than `CHANCE_WIDTH`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToyResponse:
+    """A response whose every token has a known credit."""
+
+    request: Request
+    answer: Answer
+    gold: Float64[np.ndarray, "T"]
+    phrases: Integer[np.ndarray, "T"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToyRow:
+    """How well one method's credit agrees with the known credit; 0.5 is chance for areas, 0 for correlations."""
+
+    method: str
+    control: bool
+    phrase_auc: Mean
+    """Phrases that helped against phrases that hurt, within a response: the one to judge by."""
+    token_auc: Mean
+    phrase_pearson: Mean
+    token_pearson: Mean
+    phrase_auc_pooled: float
+    """Over the phrases of all responses."""
+    token_auc_pooled: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One bar of the benchmark."""
+
+    holds: bool | None
+    """None: too few responses to judge."""
+    sentence: str
+
+    @property
+    def label(self) -> str:
+        """In a word or two."""
+        return "not judged" if self.holds is None else "met" if self.holds else "missed"
+
+
+def toy_responses(
+    judge: Judge, policy: str | None, *, count: int, max_response_tokens: int, seed: int
+) -> list[ToyResponse]:
+    """Responses to fresh requests: sampled from a policy, or written by the language's mediocre author without one.
+
+    Raises:
+        ModelError: the reward model or the policy does not speak the toy language.
+    """
+    _require_toy(judge.source, judge.tokenizer.get_vocab())
+    rng = random.Random(seed_of(seed, "credit benchmark"))
+    requests = [make_request(rng) for _ in range(count)]
+    if policy is None:
+        texts = [noisy_response(request, max_response_tokens, rng) for request in requests]
+        rows = [judge.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    else:
+        tokenizer = load_tokenizer(policy)
+        _require_toy(policy, tokenizer.get_vocab())
+        samples = sample_responses(
+            load_policy(policy, torch.float32),
+            tokenizer,
+            requests,
+            max_response_tokens=max_response_tokens,
+            seed=seed_of(seed, "credit samples"),
+        )
+        rows = [sample.response_ids for sample in samples]
+        texts = tokenizer.batch_decode(rows)
+    return [
+        ToyResponse(
+            request=request,
+            answer=Answer(render_prompt(judge.tokenizer, request), ids),
+            gold=np.array(gold_credit(request.text, text, max_response_tokens=max_response_tokens)),
+            phrases=np.array(phrase_ids(text)),
+        )
+        for request, ids, text in zip(requests, rows, texts, strict=True)
+    ]
+
+
+def with_controls(paid: Mapping[str, Credit], responses: Sequence[ToyResponse], *, seed: int) -> dict[str, Credit]:
+    """The methods' credit and the controls: noise, the place in the response, and the known credit itself."""
+    rng = np.random.default_rng(seed)
+    lengths = [len(response.gold) for response in responses]
+    return {
+        **paid,
+        "random": [rng.standard_normal(length) for length in lengths],
+        "position": [np.arange(1, length + 1) / length for length in lengths],
+        "oracle": [response.gold for response in responses],
+    }
+
+
+def toy_rows(paid: Mapping[str, Credit], responses: Sequence[ToyResponse]) -> list[ToyRow]:
+    """One row a method (see `with_controls`)."""
+    golds = [response.gold for response in responses]
+    gold_phrases = [phrase_sums(r.gold, r.phrases) for r in responses]
+    rows = []
+    for method, credit in paid.items():
+        phrases = [phrase_sums(c, r.phrases) for c, r in zip(credit, responses, strict=True)]
+        rows.append(
+            ToyRow(
+                method=method,
+                control=method in CONTROLS,
+                phrase_auc=mean_interval([_auc(c, g) for c, g in zip(phrases, gold_phrases, strict=True)]),
+                token_auc=mean_interval([_auc(c, g) for c, g in zip(credit, golds, strict=True)]),
+                phrase_pearson=mean_interval([pearson(c, g) for c, g in zip(phrases, gold_phrases, strict=True)]),
+                token_pearson=mean_interval([pearson(c, g) for c, g in zip(credit, golds, strict=True)]),
+                phrase_auc_pooled=_auc(np.concatenate(phrases), np.concatenate(gold_phrases)),
+                token_auc_pooled=_auc(np.concatenate(credit), np.concatenate(golds)),
+            )
+        )
+    return rows
+
+
+def first_advantages(
+    scored: Sequence[Scored], responses: Sequence[ToyResponse], *, mean: float, std: float
+) -> dict[str, dict[float, float]]:
+    """Area under the curve of the very first advantages, tokens that helped against tokens that hurt, by lambda.
+
+    Pooled over responses, as PPO whitens them. ``V = RM`` is a critic loaded from the reward model with its head.
+    Sparse reward with it and `r3hf` with a zero critic are equal: redistribution is potential-based (Wiewiora, 2003).
+    """
+    scores, mask = standardised(scored, mean=mean, std=std)
+    gold, zero = pad_rows([response.gold for response in responses], fill=0.0), torch.zeros_like(scores.prefix)
+    values = state_scores(scores, mask)
+    sparse, dense = (
+        redistribute(scores, mask, mode=mode, beta_c=1.0, subtract_prompt_score=True) for mode in ("terminal", "r3hf")
+    )
+    flat = (scores.pooled[:, None] / mask.sum(1, keepdim=True)).masked_fill(~mask, 0.0)
+    arms = {
+        "terminal, V = 0": (sparse, zero),
+        "terminal, V = RM": (sparse, values),
+        "r3hf, V = 0": (dense, zero),
+        "r3hf, V = RM (counted twice)": (dense, values),
+        "uniform, V = 0": (flat, zero),
+        "oracle, V = 0": (gold, zero),
+    }
+    known = np.concatenate(unpadded(gold, mask))
+    found: dict[str, dict[float, float]] = {}
+    for arm, (rewards, value) in arms.items():
+        advantages = {lam: gae(rewards, value, mask, gamma=1.0, lam=lam)[0] for lam in LAMBDAS}
+        found[arm] = {lam: _auc(np.concatenate(unpadded(a, mask)), known) for lam, a in advantages.items()}
+    return found
+
+
+def state_scores(scores: PrefixScores, response_mask: Bool[Tensor, "B T"]) -> Float64[Tensor, "B T"]:
+    """R(x, y_<t): the prefix score before each token, what a critic with the reward model's head says first."""
+    previous = previous_token(response_mask)
+    before = torch.where(previous >= 0, scores.prefix.gather(1, previous.clamp(min=0)), scores.prompt[:, None])
+    return before.masked_fill(~response_mask, 0.0)
+
+
+def toy_bars(rows: Sequence[ToyRow], advantages: Mapping[str, Mapping[float, float]]) -> list[Bar]:
+    """The bars of the benchmark, held against the measured values themselves.
+
+    None is judged below `ENOUGH_RESPONSES` responses that have both phrases that helped and phrases that hurt.
+    """
+    by_name = {row.method: row.phrase_auc for row in rows}
+    r3hf, oracle = by_name["r3hf"], by_name["oracle"]
+    dense, sparse = (advantages[arm][LAMBDAS[0]] for arm in ("r3hf, V = 0", "terminal, V = 0"))
+    bars = [
+        Bar(r3hf.value >= R3HF_BAR, f"phrase AUC of r3hf is {r3hf}, at least {R3HF_BAR:.2f} wanted"),
+        Bar(oracle.value == 1.0, f"phrase AUC of the oracle is {oracle.value:.3f}, exactly 1 wanted"),
+        *(
+            Bar(
+                abs(by_name[method].value - 0.5) <= CHANCE_WIDTH,
+                f"phrase AUC of {method} is {by_name[method].value:.3f}, 0.50 ± {CHANCE_WIDTH:.2f} wanted",
+            )
+            for method in ("uniform", "terminal")
+        ),
+        Bar(
+            dense >= sparse + ADVANTAGE_BAR,
+            f"first-advantage AUC at lambda {LAMBDAS[0]:g} is {dense:.3f} for r3hf and {sparse:.3f} for terminal with "
+            f"a cold critic, {ADVANTAGE_BAR:.2f} more wanted",
+        ),
+    ]
+    if r3hf.count >= ENOUGH_RESPONSES:
+        return bars
+    few = f"too few responses: {r3hf.count} that can be judged, {ENOUGH_RESPONSES} needed"
+    return [Bar(None, f"{bar.sentence}; {few}") for bar in bars]
+
+
+def _auc(credit: np.ndarray, gold: np.ndarray) -> float:
+    judged = np.abs(gold) > 1e-9
+    return auc(credit[judged], gold[judged] > 0)
+
+
+def _require_toy(source: str, vocabulary: Mapping[str, int]) -> None:
+    if set(VOCABULARY) != set(vocabulary):
+        raise ModelError(
+            f"{source}: does not speak the toy language; the toy benchmark is for a reward model (and policy) that "
+            "`r3hf quickstart` trains; for others use --benchmark with a file of marked answers"
+        )

@@ -1,0 +1,1 @@
+"""One kit for every page: shell, chart, table, tile; as HTML, Markdown and JSON."""

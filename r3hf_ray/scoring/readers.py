@@ -1,0 +1,179 @@
+"""Reading sampled responses with a reward model: what it says of every prefix, in the policy's token index.
+
+A reader's answer has the policy's shape whatever the reward model's tokens are, so that everything behind it (the
+redistribution, the learner, the samples' page) never hears of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from r3hf_ray.algorithms.alignment import align
+from r3hf_ray.algorithms.batching import pad_rows
+from r3hf_ray.algorithms.redistribution import PrefixScores
+from r3hf_ray.models.load import load_reward_model, require_causal
+from r3hf_ray.scoring.prefix_scores import prefix_scores, prefix_scores_and_attention
+from r3hf_ray.scoring.translation import Translator
+from r3hf_ray.sections.rewards import WITHOUT_PREFIXES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """A microbatch of prompts and responses in one tokenizer's ids, right-padded: ``[B, T]`` and ``[B]``.
+
+    Example, prompt ``[5, 6]`` and response ``[7, 2]`` (2 is EOS): ``token_ids=[[5, 6, 7, 2]],
+    attention_mask=[[1, 1, 1, 1]], response_mask=[[0, 0, 1, 1]], finished=[1]``.
+    """
+
+    token_ids: Int64[Tensor, "B T"]
+    attention_mask: Bool[Tensor, "B T"]
+    """True on prompt and response."""
+    response_mask: Bool[Tensor, "B T"]
+    finished: Bool[Tensor, "B"]
+    """Ended with EOS, not at the length limit; only such rows get what a reader reads behind a response."""
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[np.ndarray], prompt_lens: Sequence[int], finished: Sequence[bool], *, device: torch.device
+    ) -> "Sampled":
+        """Pad rows of prompt + response with id 0."""
+        token_ids = pad_rows(rows, fill=0).long()
+        position = torch.arange(token_ids.shape[1])
+        attention_mask = position < torch.tensor([len(row) for row in rows])[:, None]
+        return cls(
+            token_ids=token_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            response_mask=(attention_mask & (position >= torch.tensor(prompt_lens)[:, None])).to(device),
+            finished=torch.tensor(finished, device=device),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What a reward model says of a microbatch, in the policy's token index."""
+
+    scores: PrefixScores
+    attention: Float[Tensor, "B T"] | None = None
+    """What the last token pays to each; measured for `abc` only."""
+    alignment_loss: Float[Tensor, "B"]
+    """Share of the response's tokens, EOS apart, at which the reward model has no score of its own."""
+    refused: dict[int, str] = field(default_factory=dict)
+    """Rows that it cannot read, and why; their numbers mean nothing."""
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A reward model that can be asked about a microbatch."""
+
+    def read(self, batch: Sampled) -> Reading:
+        """Its scores of every prefix; a row's response may be empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReaderSettings:
+    """What a reader needs to load a reward model that reads ids of its own vocabulary."""
+
+    source: str
+    suffix_ids: tuple[int, ...]
+    """Read behind the last token of a finished row, before pooling."""
+    mode: str
+    """`reward.mode`: `abc` reads attention, and some modes read no prefix at all."""
+    dtype: torch.dtype
+    device: str
+    longest: int | None = None
+    """Longest row that can come, with what is read behind it; None: not known. [tokens]"""
+
+
+MakeReader = Callable[[ReaderSettings], Reader]
+"""Loads a reward model: `SameIds`, or one that runs it elsewhere."""
+
+
+class SameIds:
+    """Reads the ids as they are, through transformers, in one forward."""
+
+    def __init__(self, settings: ReaderSettings) -> None:
+        """Load the model.
+
+        Raises:
+            ModelError: it cannot be loaded, or ``mode`` reads prefixes and it looks ahead.
+        """
+        self._settings = settings
+        attention = "eager" if settings.mode == "abc" else "sdpa"
+        self.model = load_reward_model(settings.source, settings.dtype, attention=attention).to(settings.device)
+        if settings.mode not in WITHOUT_PREFIXES:
+            require_causal(self.model, self.model.get_input_embeddings().num_embeddings)
+
+    def read(self, batch: Sampled) -> Reading:
+        """Its scores of every prefix, and its attention where ``mode`` reads that."""
+        arrays = (batch.token_ids, batch.attention_mask, batch.response_mask)
+        suffix_ids, attention = list(self._settings.suffix_ids), None
+        if self._settings.mode == "abc":
+            scores, attention = prefix_scores_and_attention(
+                self.model, *arrays, suffix_ids=suffix_ids, finished=batch.finished
+            )
+        else:
+            scores = prefix_scores(self.model, *arrays, suffix_ids=suffix_ids, finished=batch.finished)
+        return Reading(scores=scores, attention=attention, alignment_loss=torch.zeros_like(scores.pooled))
+
+
+class Aligned:
+    """Reads the same dialogues in the reward model's own tokens, and takes its scores at the ends of the policy's.
+
+    One forward of the reward model over rows that may be longer than the policy's. See `algorithms.alignment`.
+    """
+
+    def __init__(self, reader: Reader, translator: Translator) -> None:
+        """``reader`` reads what ``translator`` gives; it reads the end of an answer behind each finished row."""
+        self._reader, self._translator = reader, translator
+
+    def read(self, batch: Sampled) -> Reading:
+        """Its scores at the ends of the policy's tokens; no attention, which it pays to other tokens.
+
+        Raises:
+            ModelError: a prompt is not in the translator's table.
+        """
+        arrays = (batch.token_ids, batch.attention_mask, batch.response_mask, batch.finished)
+        rows = [self._row(*row) for row in zip(*(array.cpu().numpy() for array in arrays), strict=True)]
+        device = batch.token_ids.device
+        theirs = Sampled.of(
+            [row.token_ids for row in rows],
+            [row.prompt_len for row in rows],
+            [row.finished for row in rows],
+            device=device,
+        )
+        reading = self._reader.read(theirs)
+        columns = torch.from_numpy(np.stack([row.columns for row in rows])).to(device)
+        return Reading(
+            scores=align(reading.scores, columns, batch.response_mask),
+            alignment_loss=torch.tensor([row.loss for row in rows], device=device),
+            refused=reading.refused | {number: row.refusal for number, row in enumerate(rows) if row.refusal},
+        )
+
+    def _row(self, token_ids: np.ndarray, inside: np.ndarray, responds: np.ndarray, finished: np.bool_) -> "_Row":
+        prompt = self._translator.prompt(token_ids[inside & ~responds])
+        retold = self._translator.response(token_ids[responds].tolist(), finished=bool(finished))
+        columns = np.full(len(token_ids), -1, np.int64)
+        columns[responds] = np.where(retold.boundary >= 0, len(prompt) + retold.boundary, -1)
+        ids, limit = np.concatenate([prompt, retold.token_ids]), self._translator.translation.max_tokens
+        row = _Row(ids, len(prompt), bool(finished), columns, retold.loss)
+        if len(ids) <= limit:
+            return row
+        refusal = f"its text has {len(ids)} tokens in a reward model's tokenizer, which can read {limit}"
+        return replace(row, token_ids=prompt, finished=False, columns=np.full_like(columns, -1), refusal=refusal)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row as the reward model reads it, and the column of its scores for each of the policy's tokens."""
+
+    token_ids: np.ndarray
+    prompt_len: int
+    finished: bool
+    columns: np.ndarray
+    loss: float
+    refusal: str = ""

@@ -1,0 +1,269 @@
+"""Score sampled ids with frozen reward models and the frozen reference, in one process: no Ray."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from r3hf_ray.algorithms.batching import microbatches, pad_rows
+from r3hf_ray.algorithms.redistribution import PrefixScores, redistribute, settle_eos_jump
+from r3hf_ray.errors import ConfigError
+from r3hf_ray.models.load import load_policy, load_tokenizer
+from r3hf_ray.models.logprobs import token_logprobs, token_logprobs_and_entropy
+from r3hf_ray.scoring.method_inputs import Evidence, method_of
+from r3hf_ray.scoring.readers import Aligned, MakeReader, Reader, ReaderSettings, Reading, SameIds, Sampled
+from r3hf_ray.scoring.translation import Translation, Translator
+from r3hf_ray.sections.models import field_of
+from r3hf_ray.types import MAIN, ComponentScores, Failure, Finish, ScoredTrajectory, ScoreInfo, Trajectory
+from r3hf_ray.user_functions import user_function
+
+Gold = Callable[[str, str], float]
+"""An independent judge: (prompt text, response text), special tokens kept -> score."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardModel:
+    """One reward model, and what it reads besides the sampled ids.
+
+    Example: ``RewardModel(source="runs/rm/model", suffix_ids=(198,))``
+    """
+
+    source: str
+    """Folder or hub name."""
+    suffix_ids: tuple[int, ...] = ()
+    """Read behind EOS, before pooling."""
+    translation: Translation | None = None
+    """Where it reads other ids than the policy's."""
+    longest: int | None = None
+    """Longest prompt + response of a run in its tokens, estimated where it reads a translation. [tokens]"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringSettings:
+    """What scoring needs; plain values, so that a scorer can be made without a run."""
+
+    reward_model: str
+    reference: str
+    tokenizer: str
+    """Folder or hub name of the policy's, which spells what was sampled."""
+    temperature: float
+    mode: str = "r3hf"
+    beta_c: float = 1.0
+    """Share of the reward that the method redistributes (`RewardSection.method_weight`)."""
+    prefixes_from: str | None = None
+    """Which of `further` lends `reward_model` its prefix scores."""
+    subtract_prompt_score: bool = True
+    eos_jump: str = "keep"
+    segment_by: str = "sentence"
+    segment_ngram: int = 5
+    segment_entropy: float = 1.75
+    suffix_ids: tuple[int, ...] = ()
+    """Of `reward_model`, as the next two."""
+    translation: Translation | None = None
+    longest: int | None = None
+    further: Mapping[str, RewardModel] = field(default_factory=dict)
+    """Reward models besides `reward_model`, by name; each is redistributed in the same way."""
+    dtype: str = "float32"
+    microbatch_tokens: int = 8192
+    gold: str | None = None
+    device: str = "cpu"
+
+    @property
+    def models(self) -> dict[str, RewardModel]:
+        """Every reward model by name, the main one first."""
+        main = RewardModel(
+            source=self.reward_model,
+            suffix_ids=self.suffix_ids,
+            translation=self.translation,
+            longest=self.longest,
+        )
+        return {MAIN: main, **self.further}
+
+
+class Scorer:
+    """Reward models and a reference; `score` gives token rewards and reference logprobs for the same samples."""
+
+    def __init__(self, settings: ScoringSettings, *, make_reader: MakeReader = SameIds) -> None:
+        """Load the models; ``make_reader`` decides what runs the reward models."""
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+        self._settings = settings
+        self._readers = {name: _reader(model, settings, dtype, make_reader) for name, model in settings.models.items()}
+        self._reference = load_policy(settings.reference, dtype).to(settings.device)
+        self._method_of = method_of(
+            settings.mode,
+            segment_by=settings.segment_by,
+            segment_ngram=settings.segment_ngram,
+            segment_entropy=settings.segment_entropy,
+            tokenizer=settings.tokenizer,
+        )
+        self._needs_entropy = settings.mode == "segment" and settings.segment_by == "entropy"
+        self._gold = load_gold(settings.gold) if settings.gold else None
+        self._tokenizer = load_tokenizer(settings.tokenizer) if settings.gold else None
+
+    @torch.no_grad()
+    def score(self, trajectories: Sequence[Trajectory]) -> list[ScoredTrajectory | Failure]:
+        """Score each trajectory, in order; one whose reward is not finite is a failure, never data."""
+        results: dict[int, ScoredTrajectory | Failure] = {}
+        lengths = [len(t.token_ids) for t in trajectories]
+        for index in microbatches(lengths, budget_tokens=self._settings.microbatch_tokens):
+            results |= zip(index, self._score([trajectories[i] for i in index]), strict=True)
+        return [results[i] for i in range(len(trajectories))]
+
+    def judge(self, scored: ScoredTrajectory) -> ScoreInfo:
+        """The scalars of one scored trajectory, with the gold score where a judge is configured."""
+        trajectory = scored.trajectory
+        return ScoreInfo(
+            info=trajectory.info,
+            score=scored.score,
+            prompt_score=scored.prompt_score,
+            gold=self._gold_score(trajectory) if self._gold else None,
+            components={name: part.score for name, part in scored.components.items()},
+        )
+
+    def _gold_score(self, trajectory: Trajectory) -> float:
+        if self._gold is None or self._tokenizer is None:
+            raise ConfigError("reward.gold is not configured")
+        prompt, response = np.split(trajectory.token_ids, [trajectory.prompt_len])
+        return float(self._gold(self._tokenizer.decode(prompt.tolist()), self._tokenizer.decode(response.tolist())))
+
+    def _score(self, trajectories: Sequence[Trajectory]) -> Iterator[ScoredTrajectory | Failure]:
+        """One microbatch: one forward of each reward model, one of the reference."""
+        device = torch.device(self._settings.device)
+        batch = Sampled.of(
+            [t.token_ids for t in trajectories],
+            [t.prompt_len for t in trajectories],
+            [t.finish is Finish.EOS for t in trajectories],
+            device=device,
+        )
+        readings = self._read(batch)
+        ref, entropy = self._refer(batch)
+        evidence = Evidence(
+            token_ids=batch.token_ids,
+            response_mask=batch.response_mask,
+            finished=batch.finished,
+            behavior_logprobs=pad_rows([t.behavior_logprobs for t in trajectories], fill=0.0).to(device),
+            ref_logprobs=ref,
+            ref_entropy=entropy,
+            by_model={name: reading.scores for name, reading in readings.items()},
+        )
+        rewards = {name: self._redistribute(reading, evidence).cpu() for name, reading in readings.items()}
+        scores, ref = {name: _on_cpu(reading.scores) for name, reading in readings.items()}, ref.cpu()
+        losses = torch.stack([reading.alignment_loss for reading in readings.values()]).amax(0).tolist()
+        for row, trajectory in enumerate(trajectories):
+            length = len(trajectory.token_ids)
+            parts = {name: _component(rewards[name][row, :length], scores[name], row) for name in readings}
+            logprobs = ref[row, :length].numpy().copy()
+            reason = _refusal(readings, row) or _not_finite(parts, logprobs, lender=self._settings.prefixes_from)
+            if reason:
+                yield Failure(prompt_id=trajectory.prompt_id, sample=trajectory.sample, stage="score", reason=reason)
+            else:
+                yield _scored(trajectory, parts, logprobs, losses[row])
+
+    def _read(self, batch: Sampled) -> dict[str, Reading]:
+        """Each model's reading, the main one's with the prefixes that carry its reward."""
+        readings = {name: reader.read(batch) for name, reader in self._readers.items()}
+        if self._settings.prefixes_from is not None:
+            main, other = readings[MAIN], readings[self._settings.prefixes_from]
+            readings[MAIN] = replace(main, scores=main.scores.carried_by(other.scores, batch.response_mask))
+        return readings
+
+    def _redistribute(self, reading: Reading, evidence: Evidence) -> Tensor:
+        settings = self._settings
+        return redistribute(
+            settle_eos_jump(reading.scores, evidence.response_mask, evidence.finished, rule=settings.eos_jump),
+            evidence.response_mask,
+            mode=settings.mode,
+            beta_c=settings.beta_c,
+            subtract_prompt_score=settings.subtract_prompt_score,
+            method=self._method_of(replace(evidence, attention=reading.attention)),
+        )
+
+    def _refer(self, batch: Sampled) -> tuple[Tensor, Tensor | None]:
+        arrays = (batch.token_ids, batch.attention_mask, batch.response_mask)
+        temperature = self._settings.temperature
+        if self._needs_entropy:
+            return token_logprobs_and_entropy(self._reference, *arrays, temperature=temperature)
+        return token_logprobs(self._reference, *arrays, temperature=temperature), None
+
+
+def load_gold(name: str) -> Gold:
+    """The function `package.module:function`.
+
+    Raises:
+        ConfigError: there is no such module or function.
+    """
+    return user_function(name, field="reward.gold")
+
+
+def _reader(model: RewardModel, settings: ScoringSettings, dtype: torch.dtype, make_reader: MakeReader) -> Reader:
+    """A reader of what `model` reads; where that is a translation, the end of an answer comes from it too."""
+    translation = model.translation
+    behind = (*(translation.end_ids if translation else ()), *model.suffix_ids)
+    reader = make_reader(
+        ReaderSettings(
+            source=model.source,
+            suffix_ids=behind,
+            mode=settings.mode,
+            dtype=dtype,
+            device=settings.device,
+            longest=None if model.longest is None else model.longest + len(behind),
+        )
+    )
+    if translation is None:
+        return reader
+    return Aligned(reader, Translator(translation, load_tokenizer(settings.tokenizer), load_tokenizer(model.source)))
+
+
+def _on_cpu(scores: PrefixScores) -> PrefixScores:
+    return PrefixScores(prefix=scores.prefix.cpu(), prompt=scores.prompt.cpu(), pooled=scores.pooled.cpu())
+
+
+def _component(rewards: Tensor, scores: PrefixScores, row: int) -> ComponentScores:
+    score, prefix = float(scores.pooled[row]), scores.prefix[row, : len(rewards)].clone()
+    prefix[-1] = score
+    return ComponentScores(
+        token_rewards=rewards.numpy().copy(),
+        prefix_scores=prefix.numpy(),
+        score=score,
+        prompt_score=float(scores.prompt[row]),
+    )
+
+
+def _refusal(readings: Mapping[str, Reading], row: int) -> str:
+    reasons = [
+        f"{field_of(name)}: {reading.refused[row]}" for name, reading in readings.items() if row in reading.refused
+    ]
+    return "; ".join(reasons)
+
+
+def _not_finite(parts: Mapping[str, ComponentScores], ref_logprobs: np.ndarray, *, lender: str | None) -> str:
+    """Which number is not finite, as a sentence; empty where all are.
+
+    The ``lender`` of prefix scores is looked at first, since its numbers are in the main model's rewards too.
+    """
+    what = [
+        f"{field_of(name)} gives a score (R(x, y) {part.score:g})"
+        for name, part in sorted(parts.items(), key=lambda item: item[0] != lender)
+        if not (math.isfinite(part.score) and np.isfinite(part.token_rewards).all())
+    ]
+    what += [] if np.isfinite(ref_logprobs).all() else ["the reference gives a logprob"]
+    return f"{what[0]} that is not finite: check its weights, or load it in another dtype" if what else ""
+
+
+def _scored(
+    trajectory: Trajectory, parts: Mapping[str, ComponentScores], ref_logprobs: np.ndarray, loss: float
+) -> ScoredTrajectory:
+    main, components = parts[MAIN], {name: part for name, part in parts.items() if name != MAIN}
+    return ScoredTrajectory(
+        trajectory=trajectory,
+        token_rewards=main.token_rewards,
+        prefix_scores=main.prefix_scores,
+        ref_logprobs=ref_logprobs,
+        score=main.score,
+        prompt_score=main.prompt_score,
+        components=components,
+        alignment_loss=loss,
+    )

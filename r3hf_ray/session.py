@@ -1,0 +1,65 @@
+"""The Ray instance of a command: joined, or started for it and ended with it (floor 4)."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import AuthenticationError
+
+from r3hf_ray.errors import ConfigError, RunFailed, sentence_of
+
+REACH_SECONDS = 10.0
+"""How long a cluster may take to accept a connection. [s]"""
+
+
+@contextmanager
+def ray_session(cpus: float | None) -> Iterator[None]:
+    """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start a Ray instance for this command.
+
+    An instance that is already initialised is used as it is, so several stages can share one.
+
+    Raises:
+        ConfigError: the cluster cannot be joined.
+        RunFailed: no instance of its own came up.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # 2 s by default: each save would wait for a poll
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    }.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    try:
+        if address is not None:
+            require_answer(address)
+            options = {}
+        ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)
+    except (OSError, AuthenticationError) as error:  # Ray's own is a ConnectionError
+        where = "" if address is None else f"RAY_ADDRESS: cannot join the cluster at {address}: "
+        raise ConfigError(f"{where}{sentence_of(error)}") from error
+    except Exception as error:  # the start of a local one that takes too long is a bare Exception
+        raise RunFailed(
+            f"Ray did not start: {sentence_of(error)}; is the machine overloaded, or its disk or memory full?"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def require_answer(address: str) -> None:
+    """See that something listens at ``host:port``: Ray would wait for a cluster that is gone for ten minutes, silently.
+
+    Raises:
+        OSError: nothing does within 10 s.
+    """
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()

@@ -1,0 +1,151 @@
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from r3hf_ray.errors import ModelError
+from r3hf_ray.instruments.audit.answers import credit_by_method, load_judge, score_answers, unit
+from r3hf_ray.instruments.credit.toy_credit import (
+    ENOUGH_RESPONSES,
+    ToyResponse,
+    ToyRow,
+    first_advantages,
+    toy_bars,
+    toy_responses,
+    toy_rows,
+    with_controls,
+)
+from r3hf_ray.instruments.pages.intervals import Mean
+
+
+@pytest.fixture(scope="module")
+def measured(toy_world: Path) -> tuple:
+    judge = load_judge(str(toy_world / "reward"), attention=True)
+    responses = toy_responses(judge, None, count=240, max_response_tokens=48, seed=0)
+    scored = score_answers(judge, [response.answer for response in responses])
+    mean, std = unit(scored)
+    return judge, responses, scored, mean, std
+
+
+def test_every_method_is_paid_and_sums_to_its_total(measured: tuple) -> None:
+    judge, _, scored, mean, std = measured
+    paid = credit_by_method(judge, scored, mean=mean, std=std)
+    assert {"terminal", "r3hf", "uniform", "abc", "segment"} <= paid.keys()
+    totals = np.array([(s.score - mean) / std for s in scored])
+    gains = np.array([(s.score - s.prompt_score) / std for s in scored])
+    for method, expected in {
+        "terminal": totals,
+        "uniform": totals,
+        "abc": totals,
+        "r3hf": gains,
+        "segment": gains,
+    }.items():
+        np.testing.assert_allclose([credit.sum() for credit in paid[method]], expected, atol=1e-6, err_msg=method)
+
+
+def test_attention_is_left_out_where_it_is_not_read(measured: tuple) -> None:
+    judge, _, scored, mean, std = measured
+    blind = [replace(s, attention=None) for s in scored]
+    paid = credit_by_method(judge, blind, mean=mean, std=std)
+    assert "abc" not in paid and "r3hf" in paid
+
+
+def test_oracle_is_exact_and_its_reverse_is_zero(measured: tuple) -> None:
+    _, responses, *_ = measured
+    golds = [response.gold for response in responses]
+    rows = {row.method: row for row in toy_rows({"oracle": golds, "reversed": [-g for g in golds]}, responses)}
+    assert rows["oracle"].phrase_auc.value == rows["oracle"].token_auc.value == 1.0
+    assert rows["reversed"].phrase_auc.value == rows["reversed"].token_auc.value == 0.0
+    assert rows["oracle"].phrase_pearson.value == pytest.approx(1.0)
+    assert rows["oracle"].control and not rows["reversed"].control
+
+
+def test_an_oracle_reward_model_gets_auc_1(measured: tuple, scored: Callable) -> None:
+    """Prefix scores that are the sum of known credit so far: r3hf must recover the credit exactly."""
+    judge, responses, *_ = measured
+    perfect = [replace(scored(np.cumsum(response.gold).tolist()), answer=response.answer) for response in responses]
+    mean, std = unit(perfect)
+    paid = credit_by_method(judge, perfect, mean=mean, std=std)
+    rows = {row.method: row for row in toy_rows(with_controls(paid, responses, seed=0), responses)}
+    assert rows["r3hf"].token_auc.value == 1.0 and rows["r3hf"].phrase_auc.value == 1.0
+    assert rows["uniform"].token_auc.value == 0.5  # every token the same, within a response
+    assert all(
+        bar.holds for bar in toy_bars(list(rows.values()), first_advantages(perfect, responses, mean=mean, std=std))
+    )
+
+
+def test_first_advantages_obey_the_shaping_identity(measured: tuple) -> None:
+    _, responses, scored, mean, std = measured
+    found = first_advantages(scored, responses, mean=mean, std=std)
+    for lam in (0.95, 1.0):
+        assert found["terminal, V = RM"][lam] == pytest.approx(found["r3hf, V = 0"][lam], abs=1e-9)
+    assert found["oracle, V = 0"][0.95] > 0.6 > found["oracle, V = 0"][0.95] - 0.4
+
+
+def test_a_random_reward_model_misses_its_bar_and_controls_keep_theirs(measured: tuple) -> None:
+    judge, responses, scored, mean, std = measured
+    paid = credit_by_method(judge, scored, mean=mean, std=std)
+    rows = toy_rows(with_controls(paid, responses, seed=0), responses)
+    bars = toy_bars(rows, first_advantages(scored, responses, mean=mean, std=std))
+    assert len(bars) == 5
+    missed = [bar.sentence for bar in bars if not bar.holds]
+    assert any("phrase AUC of r3hf" in sentence for sentence in missed)
+    assert not any("oracle" in sentence for sentence in missed)
+
+
+def bars_of(count: int, **areas: float) -> list[tuple[str, bool | None]]:
+    """The bars of methods with these phrase areas, known to 0.05 either way, as (first words, holds)."""
+    rows = []
+    for method, area in ({"r3hf": 0.7, "oracle": 1.0, "uniform": 0.5, "terminal": 0.5} | areas).items():
+        mean = Mean(area, area - 0.05, area + 0.05, count)
+        rows.append(
+            ToyRow(
+                method=method,
+                control=method == "oracle",
+                phrase_auc=mean,
+                token_auc=mean,
+                phrase_pearson=mean,
+                token_pearson=mean,
+                phrase_auc_pooled=area,
+                token_auc_pooled=area,
+            )
+        )
+    advantages = {"r3hf, V = 0": {0.95: 0.66, 1.0: 0.6}, "terminal, V = 0": {0.95: 0.57, 1.0: 0.55}}
+    return [(bar.sentence.partition(" is ")[0], bar.holds) for bar in toy_bars(rows, advantages)]
+
+
+@pytest.mark.parametrize("method", ["uniform", "terminal"])
+@pytest.mark.parametrize(("area", "holds"), [(0.4701, True), (0.469, False), (0.5299, True), (0.531, False)])
+def test_methods_that_know_nothing_must_be_at_chance_themselves(method: str, area: float, holds: bool) -> None:
+    """0.531 is known to 0.05 either way: an interval that overlaps 0.47 to 0.53 is not enough."""
+    bars = dict(bars_of(400, **{method: area}))
+    assert len(bars) == 5 and bars.pop(f"phrase AUC of {method}") is holds
+    assert all(bars.values())
+
+
+def test_few_responses_are_not_judged() -> None:
+    assert [holds for _, holds in bars_of(ENOUGH_RESPONSES)] == [True] * 5
+    assert [holds for _, holds in bars_of(ENOUGH_RESPONSES - 1)] == [None] * 5
+    assert [holds for _, holds in bars_of(ENOUGH_RESPONSES - 1, r3hf=0.4, uniform=0.6)] == [None] * 5
+
+
+def test_responses_come_from_a_policy_when_there_is_one(toy_world: Path) -> None:
+    judge = load_judge(str(toy_world / "reward"))
+    sampled = toy_responses(judge, str(toy_world / "base"), count=4, max_response_tokens=8, seed=0)
+    assert all(isinstance(r, ToyResponse) and len(r.gold) == len(r.answer.response_ids) <= 8 for r in sampled)
+    again = toy_responses(judge, str(toy_world / "base"), count=4, max_response_tokens=8, seed=0)
+    assert [r.answer for r in sampled] == [r.answer for r in again]
+
+
+def test_another_language_is_refused(tiny_models: object, byte_judge: object) -> None:
+    with pytest.raises(ModelError, match="toy language"):
+        toy_responses(byte_judge, None, count=1, max_response_tokens=8, seed=0)
+
+
+def test_constant_credit_has_no_correlation(measured: tuple) -> None:
+    _, responses, *_ = measured
+    (row,) = toy_rows({"flat": [np.zeros_like(r.gold) for r in responses]}, responses)
+    assert row.token_auc.value == 0.5 and math.isnan(row.token_pearson.value)

@@ -30,7 +30,11 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryInfo:
-    """What the coordinator knows of a trajectory: ids and lengths, never an array."""
+    """What the coordinator, evaluation and calibration know of a trajectory: ids, lengths and scores, never an array.
+
+    Example, scored: ``TrajectoryInfo(prompt_id=130, sample=0, attempt=0, policy_version=4, prompt_len=12, length=40,
+    finish=Finish.EOS, scores={"reward": 2.0, "cost": -1.0})``
+    """
 
     prompt_id: int
     sample: int
@@ -40,6 +44,10 @@ class TrajectoryInfo:
     length: int
     """Prompt + response, in tokens."""
     finish: Finish
+    scores: dict[str, float] = field(default_factory=dict)
+    """R(x, y) of each reward model by name, the main one first; empty before scoring."""
+    gold: float | None = None
+    """An independent judge's score where one is configured (`reward.gold`); never trained on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,58 +88,44 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ComponentScores:
-    """What one further reward model, or the cost model, says of a trajectory, raw and in its own units.
+class ModelScores:
+    """What one reward model, or the cost model, says of a trajectory, raw: scale and centre belong to the learner.
 
-    Example, a cost model (r3hf): ``score=-1.0, prompt_score=0.0, token_rewards=[0, 0, 0.5, -1.5]``,
-    ``prefix_scores=[0, 0, 0.5, -1.0]``.
+    Example (r3hf, beta_c = 1): ``score=2.0, prompt_score=0.5, token_rewards=[0, 0, 0.4, 1.1]``,
+    ``prefix_scores=[0, 0, 0.9, 2.0]``; the rewards sum to ``score - prompt_score``.
     """
 
     token_rewards: Float32[np.ndarray, "T"]
     """Its score redistributed by the run's method; a cost is positive where it is bad."""
     prefix_scores: Float32[np.ndarray, "T"]
-    """As `ScoredTrajectory.prefix_scores`."""
+    """R(x, y_<=t) on the response, 0 on the prompt; at the last token the pooled score R(x, y)."""
     score: float
+    """R(x, y), the undistributed sequence reward at the model's own pooling position."""
     prompt_score: float
+    """R(x, empty): the head at the last token of the rendered prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredTrajectory:
-    """A trajectory with its token rewards, raw: scale, centring and the sum over models belong to the learner.
+    """A trajectory with what each model says of it; the sum over models belongs to the learner.
 
-    Example (r3hf, beta_c = 1): ``score=2.0, prompt_score=0.5, token_rewards=[0, 0, 0.4, 1.1]``; the sum is
-    ``score - prompt_score``.
+    Example: ``ScoredTrajectory(trajectory=..., ref_logprobs=[0, 0, -0.2, -1.1], by_model={"reward": ModelScores(...),
+    "cost": ModelScores(...)})``
     """
 
     trajectory: Trajectory
-    token_rewards: Float32[np.ndarray, "T"]
-    """Redistributed reward earned by each token, in the reward model's own units."""
-    prefix_scores: Float32[np.ndarray, "T"]
-    """R(x, y_<=t) on the response, 0 on the prompt; at the last token the pooled score R(x, y)."""
     ref_logprobs: Float32[np.ndarray, "T"]
     """log pi_ref(token_t | tokens_<t) at the sampling temperature; 0 on the prompt. [nats]"""
-    score: float
-    """R(x, y), the undistributed sequence reward at the reward model's own pooling position."""
-    prompt_score: float
-    """R(x, empty): the head at the last token of the rendered prompt."""
-    components: dict[str, ComponentScores] = field(default_factory=dict)
-    """Of further reward models by name, and of the cost model as ``cost``."""
+    by_model: dict[str, ModelScores]
+    """By name, the main model first, as `MAIN`; the cost model as `COST`."""
     alignment_loss: float = 0.0
     """Share of response tokens that a reward model with another tokenizer could not be aligned with; the largest over
     models."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreInfo:
-    """Scalars of one scored trajectory, for the coordinator, evaluation and calibration."""
-
-    info: TrajectoryInfo
-    score: float
-    prompt_score: float
-    gold: float | None
-    """An independent judge's score where one is configured (`reward.gold`); never trained on."""
-    components: dict[str, float] = field(default_factory=dict)
-    """Scores of further reward models by name, and of the cost model as ``cost``."""
+    @property
+    def main(self) -> ModelScores:
+        """What `model.reward_model` says."""
+        return self.by_model[MAIN]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,19 +140,10 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateReport:
-    """What the coordinator may know of a generated chunk: ids, lengths, versions, failures; never a token."""
+class ChunkReport:
+    """What the coordinator may know of a generated or scored chunk: ids, lengths, scores, failures; never an array."""
 
     infos: list[TrajectoryInfo]
-    failures: list[Failure]
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreReport:
-    """What the coordinator may know of a scored chunk: scalars and failures; never an array."""
-
-    infos: list[ScoreInfo]
     failures: list[Failure]
     seconds: float
 

@@ -31,7 +31,7 @@ from r3hf_ray.actors.shares import Row, Share, Step, calibration_of, evaluation_
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import split_evenly, step_requests, stream_requests
 from r3hf_ray.errors import RunFailed, sentence_of
-from r3hf_ray.types import Request, ScoreInfo
+from r3hf_ray.types import Request, TrajectoryInfo
 from r3hf_ray.weights.contract import Publication, TransferStep
 
 
@@ -222,7 +222,7 @@ class Coordinator:
                 f"{batch.tally.quarantined} of {batch.expected} samples of step {step + 1} failed "
                 f"{self._config.rollout.max_attempts} times and {needed} are needed; {self._last_quarantine()}"
             )
-        batch.samples.sort(key=lambda sample: (sample.info.info.prompt_id, sample.info.info.sample))
+        batch.samples.sort(key=lambda sample: (sample.info.prompt_id, sample.info.sample))
         batch.full.set()
         self._events.stage("rollout", f"waiting for weights version {step + 1 - self._config.rollout.max_lag}")
         self._events.stage("reward", "idle")
@@ -262,17 +262,17 @@ class Coordinator:
     def _requests(self, stream: str, prompts: list[np.ndarray], count: int) -> list[Request]:
         return stream_requests(prompts, count, seed=self._config.run.seed, stream=stream)
 
-    async def _judge(self, requests: list[Request], label: str) -> list[ScoreInfo]:
+    async def _judge(self, requests: list[Request], label: str) -> list[TrajectoryInfo]:
         """Generate and score outside the training stream; failures are retried and quarantined there too."""
         tally = Tally()
 
-        async def part(number: int, chunk: list[Request]) -> list[ScoreInfo]:
+        async def part(number: int, chunk: list[Request]) -> list[TrajectoryInfo]:
             return [sample.info async for sample in self._pipeline.scored(tally, number, chunk, label)]
 
         workers = max(len(self._pipeline.rollouts), len(self._pipeline.rewards))
         chunks = split_evenly(requests, min(len(requests), workers))
         parts = await asyncio.gather(*(part(number, chunk) for number, chunk in enumerate(chunks)))
-        return sorted((info for infos in parts for info in infos), key=lambda info: info.info.prompt_id)
+        return sorted((info for infos in parts for info in infos), key=lambda info: info.prompt_id)
 
     # ------------------------------------------------------------------ weights
 

@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from r3hf_ray.actors.rollout import StaleWeightsError
 from r3hf_ray.errors import RunFailed, sentence_of
-from r3hf_ray.types import Failure, GenerateReport, Request, ScoreInfo, ScoreReport
+from r3hf_ray.types import ChunkReport, Failure, Request, TrajectoryInfo
 from r3hf_ray.weights.contract import Loaded, Publication
 
 RECOVERY_SECONDS = 300.0
@@ -103,7 +103,7 @@ class Member:
 class Sample:
     """One finished sample: what is known of it, and the ref of the rest."""
 
-    info: ScoreInfo
+    info: TrajectoryInfo
     ref: Any
 
 
@@ -198,18 +198,18 @@ class Pipeline:
         *refs, scored = reward.handle.score.options(num_returns=len(keys) + 1).remote(trajectories, keys)
         self.events.stage("rollout", f"generating {len(requests)} responses of {label}")
         try:
-            made: GenerateReport = await generated
+            made: ChunkReport = await generated
             tally.rollout_seconds += made.seconds
         except RayError as error:
             return [], _failures(keys, "generate", error), self.lost(rollout, error)
         self.events.stage("reward", f"scoring {len(made.infos)} responses of {label}")
         try:
-            judged: ScoreReport = await scored
+            judged: ChunkReport = await scored
             tally.reward_seconds += judged.seconds
         except RayError as error:
             return [], _failures(keys, "score", error), self.lost(reward, error)
         by_key = dict(zip(keys, refs, strict=True))
-        samples = [Sample(info, by_key[(info.info.prompt_id, info.info.sample)]) for info in judged.infos]
+        samples = [Sample(info, by_key[(info.prompt_id, info.sample)]) for info in judged.infos]
         return samples, made.failures + judged.failures, 0
 
     def _again(self, tally: Tally, group: list[Request], failures: list[Failure]) -> Iterable[list[Request]]:

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from r3hf_ray.actors.environment import VLLM, VLLM_ON_CPU
-from r3hf_ray.types import Failure, ScoredTrajectory, ScoreReport, Trajectory
+from r3hf_ray.types import ChunkReport, Failure, ScoredTrajectory, Trajectory
 
 
 class RewardActor:
@@ -39,7 +39,7 @@ class RewardActor:
         results = self._scorer.score(trajectories)
         scored = [item for item in results if isinstance(item, ScoredTrajectory)]
         by_key = {(item.trajectory.prompt_id, item.trajectory.sample): item for item in scored}
-        report = ScoreReport(
+        report = ChunkReport(
             infos=[self._scorer.judge(item) for item in scored],
             failures=[item for item in results if isinstance(item, Failure)],
             seconds=time.perf_counter() - start,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from r3hf_ray.actors.environment import VLLM, VLLM_ON_CPU
-from r3hf_ray.types import Failure, Finish, GenerateReport, Request, Trajectory
+from r3hf_ray.types import ChunkReport, Failure, Finish, Request, Trajectory
 from r3hf_ray.weights.contract import Loaded, Probe, Publication, TransferStep
 
 
@@ -79,7 +79,7 @@ class RolloutActor:
         self._version = None
         self._llm.collective_rpc(step.value, args=() if payload is None else (payload,))
 
-    def generate(self, requests: list[Request]) -> tuple[list[Trajectory], GenerateReport]:
+    def generate(self, requests: list[Request]) -> tuple[list[Trajectory], ChunkReport]:
         """Sample one response to each request.
 
         Raises:
@@ -92,7 +92,7 @@ class RolloutActor:
         made = [self._trajectory(request, output) for request, output in zip(requests, outputs, strict=True)]
         trajectories = [item for item in made if isinstance(item, Trajectory)]
         failures = [item for item in made if isinstance(item, Failure)]
-        report = GenerateReport(
+        report = ChunkReport(
             infos=[trajectory.info for trajectory in trajectories],
             failures=failures,
             seconds=time.perf_counter() - start,

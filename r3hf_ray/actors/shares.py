@@ -11,7 +11,7 @@ from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import deal_to_ranks, minibatch_of
 from r3hf_ray.errors import RunFailed
 from r3hf_ray.sections.models import field_of
-from r3hf_ray.types import MAIN, Finish, ScoreInfo
+from r3hf_ray.types import MAIN, Finish, TrajectoryInfo
 
 Row = dict[str, int | float]
 """Metrics of one step by name; counts are integers."""
@@ -47,7 +47,7 @@ class Step:
 
     def share(self, config: PPOConfig, step: int, rank: int) -> Share:
         """What rank `rank` trains on in step `step`, once the batch is full."""
-        lengths = [sample.info.info.length for sample in self.samples]
+        lengths = [sample.info.length for sample in self.samples]
         ppo = config.ppo
         mine = deal_to_ranks(lengths, minibatches=ppo.minibatches, ranks=config.learner.ranks)[rank]
         plans = [
@@ -65,19 +65,18 @@ class Step:
             refs=[self.samples[i].ref for i in mine],
             minibatch_of=[[plan[i] for i in mine] for plan in plans],
             responses=len(lengths),
-            golds={(info.info.prompt_id, info.info.sample): info.gold for info in (self.samples[i].info for i in mine)},
+            golds={(info.prompt_id, info.sample): info.gold for info in (self.samples[i].info for i in mine)},
             metrics=metrics | ({"reward/gold/mean": statistics.fmean(golds)} if golds else {}),
         )
 
 
-def calibration_of(infos: list[ScoreInfo], config: PPOConfig) -> dict[str, tuple[float, float]]:
+def calibration_of(infos: list[TrajectoryInfo], config: PPOConfig) -> dict[str, tuple[float, float]]:
     """(mean, std) of each model's sequence reward, by name; of at least two responses.
 
     Raises:
         RunFailed: a model that is trained on scores all of them alike. One of weight 0 may.
     """
-    scores = {MAIN: [info.score for info in infos]}
-    scores |= {name: [info.components[name] for info in infos] for name in infos[0].components}
+    scores = {name: [info.scores[name] for info in infos] for name in infos[0].scores}
     found = {name: (statistics.fmean(values), statistics.pstdev(values)) for name, values in scores.items()}
     for name, (mean, std) in found.items():
         if name in config.summed and not std > 0.0:
@@ -99,18 +98,18 @@ def unlike_units(calibration: Mapping[str, tuple[float, float]], lender: str) ->
     )
 
 
-def evaluation_metrics(infos: list[ScoreInfo]) -> Row:
+def evaluation_metrics(infos: list[TrajectoryInfo]) -> Row:
     """Means over held-out prompts (at least one), with the standard error of the gold score."""
     golds = [info.gold for info in infos if info.gold is not None]
-    lengths = [info.info.length - info.info.prompt_len for info in infos]
+    lengths = [info.length - info.prompt_len for info in infos]
     row = {
-        "eval/heldout/score/mean": statistics.fmean(info.score for info in infos),
+        "eval/heldout/score/mean": statistics.fmean(info.scores[MAIN] for info in infos),
         "eval/heldout/response_length/mean": statistics.fmean(lengths),
-        "eval/heldout/eos_frac": statistics.fmean(info.info.finish is Finish.EOS for info in infos),
+        "eval/heldout/eos_frac": statistics.fmean(info.finish is Finish.EOS for info in infos),
         "eval/heldout/prompts": len(infos),
     }
-    for name in infos[0].components:
-        scores = [info.components[name] for info in infos]
+    for name in [name for name in infos[0].scores if name != MAIN]:
+        scores = [info.scores[name] for info in infos]
         row[f"eval/heldout/{name}/score/mean"] = statistics.fmean(scores)
         row[f"eval/heldout/{name}/score/sem"] = statistics.pstdev(scores) / len(scores) ** 0.5
     if golds:

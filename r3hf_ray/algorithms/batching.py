@@ -1,7 +1,7 @@
 """Scored trajectories to padded batches, and batches to microbatches that fit a budget of padded tokens."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from r3hf_ray.algorithms.redistribution import PrefixScores
-from r3hf_ray.types import MAIN, ComponentScores, Finish, ScoredTrajectory
+from r3hf_ray.types import MAIN, Finish, ModelScores, ScoredTrajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Component:
+class BatchScores:
     """What one reward model says of a batch, in its own units.
 
     Example, a batch of one, response of two tokens: ``token_rewards=[[0, 0, 0.4, 1.1]]``,
@@ -34,9 +34,9 @@ class Component:
         """Its tensors by field."""
         return {part.name: getattr(self, part.name) for part in fields(self)}
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Component":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "BatchScores":
         """The same of what ``function`` makes of each tensor."""
-        return Component(**{name: function(x) for name, x in self.tensors().items()})
+        return BatchScores(**{name: function(x) for name, x in self.tensors().items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +44,7 @@ class Batch:
     """Scored trajectories, right-padded: ``[B, T]`` over prompt + response, rewards still in the reward model's units.
 
     Example, one trajectory of prompt ``[5, 6]`` and response ``[7, 2]`` beside a longer one (pad 0):
-    ``token_ids=[[5, 6, 7, 2, 0], ...], response_mask=[[0, 0, 1, 1, 0], ...]``,
-    ``token_rewards=[[0, 0, 0.4, 1.1, 0], ...]``, all of ``[B, 5]``.
+    ``token_ids=[[5, 6, 7, 2, 0], ...], response_mask=[[0, 0, 1, 1, 0], ...]``, all of ``[B, 5]``.
     """
 
     token_ids: Int64[Tensor, "B T"]
@@ -57,14 +56,8 @@ class Batch:
     """Of the sampler. [nats]"""
     ref_logprobs: Float[Tensor, "B T"]
     """Of the frozen reference. [nats]"""
-    token_rewards: Float[Tensor, "B T"]
-    """Redistributed reward earned by each token."""
-    prefix_scores: Float[Tensor, "B T"]
-    """R(x, y_<=t)."""
-    score: Float[Tensor, "B"]
-    """R(x, y)."""
-    prompt_score: Float[Tensor, "B"]
-    """R(x, empty)."""
+    by_model: dict[str, BatchScores]
+    """By name, the main model first."""
     truncated: Bool[Tensor, "B"]
     """Cut at the length limit: no EOS."""
     prompt_ids: Int64[Tensor, "B"]
@@ -74,8 +67,6 @@ class Batch:
     alignment_loss: Float[Tensor, "B"]
     """Share of response tokens that a reward model with another tokenizer could not be aligned with; the largest over
     models."""
-    components: dict[str, Component] = field(default_factory=dict)
-    """Of further reward models by name, and of the cost model as ``cost``."""
 
     @property
     def lengths(self) -> list[int]:
@@ -83,20 +74,14 @@ class Batch:
         return self.attention_mask.sum(1).tolist()
 
     @property
-    def by_model(self) -> dict[str, Component]:
-        """What each model says, the main one first, as ``reward``."""
-        main = Component(
-            token_rewards=self.token_rewards,
-            prefix_scores=self.prefix_scores,
-            score=self.score,
-            prompt_score=self.prompt_score,
-        )
-        return {MAIN: main} | self.components
+    def main(self) -> BatchScores:
+        """What `model.reward_model` says."""
+        return self.by_model[MAIN]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by a flat name: ``score``, ``components.cost.score``."""
-        further = {f"components.{name}": part.tensors() for name, part in self.components.items()}
-        return self._own() | {f"{place}.{name}": x for place, part in further.items() for name, x in part.items()}
+        """Every tensor by a flat name: ``token_ids``, ``by_model.cost.score``."""
+        scores = {f"by_model.{name}": part.tensors() for name, part in self.by_model.items()}
+        return self._own() | {f"{place}.{name}": x for place, part in scores.items() for name, x in part.items()}
 
     def rows(self, index: Sequence[int] | Int64[Tensor, "N"]) -> "Batch":
         """The rows ``index`` (at least one), in that order, trimmed to the longest of them."""
@@ -109,11 +94,11 @@ class Batch:
         return self._map(lambda x: x.to(device))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        components = {name: part.map(function) for name, part in self.components.items()}
-        return Batch(**{name: function(x) for name, x in self._own().items()}, components=components)
+        by_model = {name: part.map(function) for name, part in self.by_model.items()}
+        return Batch(**{name: function(x) for name, x in self._own().items()}, by_model=by_model)
 
     def _own(self) -> dict[str, Tensor]:
-        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "components"}
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "by_model"}
 
 
 def collate(scored: Sequence[ScoredTrajectory], *, pad_id: int) -> Batch:
@@ -126,8 +111,8 @@ def collate(scored: Sequence[ScoredTrajectory], *, pad_id: int) -> Batch:
     Raises:
         ValueError: they were not all scored by the same models.
     """
-    names = scored[0].components.keys()
-    if any(s.components.keys() != names for s in scored):
+    names = scored[0].by_model.keys()
+    if any(s.by_model.keys() != names for s in scored):
         raise ValueError("the trajectories of a batch were scored by different reward models")
     trajectories = [s.trajectory for s in scored]
     lengths = torch.tensor([len(t.token_ids) for t in trajectories])
@@ -141,21 +126,17 @@ def collate(scored: Sequence[ScoredTrajectory], *, pad_id: int) -> Batch:
         response_mask=attention_mask & (position >= prompts[:, None]),
         behavior_logprobs=pad_rows([t.behavior_logprobs for t in trajectories], fill=0.0),
         ref_logprobs=pad_rows([s.ref_logprobs for s in scored], fill=0.0),
-        token_rewards=pad_rows([s.token_rewards for s in scored], fill=0.0),
-        prefix_scores=pad_rows([s.prefix_scores for s in scored], fill=0.0),
-        score=torch.tensor([s.score for s in scored], dtype=torch.float32),
-        prompt_score=torch.tensor([s.prompt_score for s in scored], dtype=torch.float32),
+        by_model={name: _stacked([s.by_model[name] for s in scored]) for name in names},
         truncated=torch.tensor([t.finish is Finish.LENGTH for t in trajectories]),
         prompt_ids=torch.tensor([t.prompt_id for t in trajectories]),
         samples=torch.tensor([t.sample for t in trajectories]),
         policy_versions=torch.tensor([t.policy_version for t in trajectories]),
         alignment_loss=torch.tensor([s.alignment_loss for s in scored], dtype=torch.float32),
-        components={name: _component([s.components[name] for s in scored]) for name in names},
     )
 
 
-def _component(scores: Sequence[ComponentScores]) -> Component:
-    return Component(
+def _stacked(scores: Sequence[ModelScores]) -> BatchScores:
+    return BatchScores(
         token_rewards=pad_rows([s.token_rewards for s in scores], fill=0.0),
         prefix_scores=pad_rows([s.prefix_scores for s in scores], fill=0.0),
         score=torch.tensor([s.score for s in scores], dtype=torch.float32),
@@ -200,15 +181,13 @@ def masked_filler(batch: Batch) -> Batch:
     """
     lengths = batch.lengths
     row = batch.rows([lengths.index(min(lengths))])
-    nothing = torch.zeros_like(row.token_rewards)
+    nothing = torch.zeros_like(row.ref_logprobs)
     return replace(
         row,
         response_mask=torch.zeros_like(row.response_mask),
         behavior_logprobs=nothing,
         ref_logprobs=nothing,
-        token_rewards=nothing,
-        prefix_scores=nothing,
-        components={
-            name: replace(part, token_rewards=nothing, prefix_scores=nothing) for name, part in row.components.items()
+        by_model={
+            name: replace(part, token_rewards=nothing, prefix_scores=nothing) for name, part in row.by_model.items()
         },
     )

@@ -17,7 +17,7 @@ from r3hf_ray.scoring.method_inputs import Evidence, method_of
 from r3hf_ray.scoring.readers import Aligned, MakeReader, Reader, ReaderSettings, Reading, SameIds, Sampled
 from r3hf_ray.scoring.translation import Translation, Translator
 from r3hf_ray.sections.models import field_of
-from r3hf_ray.types import MAIN, ComponentScores, Failure, Finish, ScoredTrajectory, ScoreInfo, Trajectory
+from r3hf_ray.types import MAIN, Failure, Finish, ModelScores, ScoredTrajectory, Trajectory, TrajectoryInfo
 from r3hf_ray.user_functions import user_function
 
 Gold = Callable[[str, str], float]
@@ -112,15 +112,13 @@ class Scorer:
             results |= zip(index, self._score([trajectories[i] for i in index]), strict=True)
         return [results[i] for i in range(len(trajectories))]
 
-    def judge(self, scored: ScoredTrajectory) -> ScoreInfo:
+    def judge(self, scored: ScoredTrajectory) -> TrajectoryInfo:
         """The scalars of one scored trajectory, with the gold score where a judge is configured."""
         trajectory = scored.trajectory
-        return ScoreInfo(
-            info=trajectory.info,
-            score=scored.score,
-            prompt_score=scored.prompt_score,
+        return replace(
+            trajectory.info,
+            scores={name: part.score for name, part in scored.by_model.items()},
             gold=self._gold_score(trajectory) if self._gold else None,
-            components={name: part.score for name, part in scored.components.items()},
         )
 
     def _gold_score(self, trajectory: Trajectory) -> float:
@@ -154,13 +152,15 @@ class Scorer:
         losses = torch.stack([reading.alignment_loss for reading in readings.values()]).amax(0).tolist()
         for row, trajectory in enumerate(trajectories):
             length = len(trajectory.token_ids)
-            parts = {name: _component(rewards[name][row, :length], scores[name], row) for name in readings}
+            parts = {name: _model_scores(rewards[name][row, :length], scores[name], row) for name in readings}
             logprobs = ref[row, :length].numpy().copy()
             reason = _refusal(readings, row) or _not_finite(parts, logprobs, lender=self._settings.prefixes_from)
             if reason:
                 yield Failure(prompt_id=trajectory.prompt_id, sample=trajectory.sample, stage="score", reason=reason)
             else:
-                yield _scored(trajectory, parts, logprobs, losses[row])
+                yield ScoredTrajectory(
+                    trajectory=trajectory, ref_logprobs=logprobs, by_model=parts, alignment_loss=losses[row]
+                )
 
     def _read(self, batch: Sampled) -> dict[str, Reading]:
         """Each model's reading, the main one's with the prefixes that carry its reward."""
@@ -221,10 +221,10 @@ def _on_cpu(scores: PrefixScores) -> PrefixScores:
     return PrefixScores(prefix=scores.prefix.cpu(), prompt=scores.prompt.cpu(), pooled=scores.pooled.cpu())
 
 
-def _component(rewards: Tensor, scores: PrefixScores, row: int) -> ComponentScores:
+def _model_scores(rewards: Tensor, scores: PrefixScores, row: int) -> ModelScores:
     score, prefix = float(scores.pooled[row]), scores.prefix[row, : len(rewards)].clone()
     prefix[-1] = score
-    return ComponentScores(
+    return ModelScores(
         token_rewards=rewards.numpy().copy(),
         prefix_scores=prefix.numpy(),
         score=score,
@@ -239,7 +239,7 @@ def _refusal(readings: Mapping[str, Reading], row: int) -> str:
     return "; ".join(reasons)
 
 
-def _not_finite(parts: Mapping[str, ComponentScores], ref_logprobs: np.ndarray, *, lender: str | None) -> str:
+def _not_finite(parts: Mapping[str, ModelScores], ref_logprobs: np.ndarray, *, lender: str | None) -> str:
     """Which number is not finite, as a sentence; empty where all are.
 
     The ``lender`` of prefix scores is looked at first, since its numbers are in the main model's rewards too.
@@ -251,19 +251,3 @@ def _not_finite(parts: Mapping[str, ComponentScores], ref_logprobs: np.ndarray, 
     ]
     what += [] if np.isfinite(ref_logprobs).all() else ["the reference gives a logprob"]
     return f"{what[0]} that is not finite: check its weights, or load it in another dtype" if what else ""
-
-
-def _scored(
-    trajectory: Trajectory, parts: Mapping[str, ComponentScores], ref_logprobs: np.ndarray, loss: float
-) -> ScoredTrajectory:
-    main, components = parts[MAIN], {name: part for name, part in parts.items() if name != MAIN}
-    return ScoredTrajectory(
-        trajectory=trajectory,
-        token_rewards=main.token_rewards,
-        prefix_scores=main.prefix_scores,
-        ref_logprobs=ref_logprobs,
-        score=main.score,
-        prompt_score=main.prompt_score,
-        components=components,
-        alignment_loss=loss,
-    )

@@ -17,7 +17,7 @@ from r3hf_ray.algorithms.advantages import (
     rloo_advantages,
     whole_returns,
 )
-from r3hf_ray.algorithms.batching import Batch, Component, masked_filler, microbatches
+from r3hf_ray.algorithms.batching import Batch, BatchScores, masked_filler, microbatches
 from r3hf_ray.algorithms.losses import importance_weights
 from r3hf_ray.algorithms.masking import moments, whiten
 from r3hf_ray.algorithms.redistribution import settle_eos_jump, telescoping_error
@@ -106,7 +106,7 @@ def require_telescoping(batch: Batch, config: PPOConfig) -> Float[Tensor, "B"]:
     if all_reduce_max(broken.any().float()).item():
         rows = broken.nonzero()[:3, 0].tolist()
         names = list(batch.by_model)
-        of = [f" ({names[int(worst[i])]})" if batch.components else "" for i in rows]
+        of = [f" ({names[int(worst[i])]})" if len(names) > 1 else "" for i in rows]
         where = ", ".join(
             f"prompt {int(batch.prompt_ids[i])}{name} by {float(error[i]):.1e}"
             for i, name in zip(rows, of, strict=True)
@@ -175,7 +175,7 @@ def make_experience(
     )
 
 
-def _telescoping_error(part: Component, batch: Batch, config: PPOConfig) -> Float[Tensor, "B"]:
+def _telescoping_error(part: BatchScores, batch: Batch, config: PPOConfig) -> Float[Tensor, "B"]:
     mask, reward = batch.response_mask, config.reward
     return telescoping_error(
         part.token_rewards,
@@ -198,7 +198,9 @@ def _parts(
     return {name: weight * _scaled(scored[name], mask, config, scales[name]) for name, weight in weights.items()}
 
 
-def _scaled(part: Component, mask: Bool[Tensor, "B T"], config: PPOConfig, scale: RewardScale) -> Float[Tensor, "B T"]:
+def _scaled(
+    part: BatchScores, mask: Bool[Tensor, "B T"], config: PPOConfig, scale: RewardScale
+) -> Float[Tensor, "B T"]:
     rewards = part.token_rewards
     if config.reward.pays_shares:
         return normalize_shares(rewards, part.score, mask, mean=scale.mean, scale=scale.scale)

@@ -77,8 +77,8 @@ def experience_metrics(experience: Experience, inputs: LossInputs, config: PPOCo
     sums["product"] = masked_sum(tokens["position"] * experience.rewards, mask)[None]
     sums["absdrift"] = masked_sum(drift.abs(), mask)[None]
     maxima = {
-        "score": batch.score.max(),
-        "-score": (-batch.score).max(),
+        "score": batch.main.score.max(),
+        "-score": (-batch.main.score).max(),
         "reward": experience.rewards.abs().max(),
         "telescoping": experience.telescoping_error.max(),
         "absdrift": drift.masked_fill(~mask, 0.0).abs().max(),
@@ -89,8 +89,7 @@ def experience_metrics(experience: Experience, inputs: LossInputs, config: PPOCo
     added, largest = reduce_named(sums, maxima)
     of = {name: Moments(*added[name]) for name in (tokens | responses)}
     metrics = _named(of, added, largest) | _credit_metrics(of, added, config)
-    for name in batch.components:
-        place = score_of(name)
+    for place in map(score_of, batch.by_model):
         metrics |= {f"{place}/mean": of[place].mean, f"{place}/std": of[place].std}
     if config.ppo.importance_cap is not None:
         metrics |= {"kl/is_weight/mean": of["importance"].mean, "kl/is_weight/max": largest["importance"]}
@@ -100,9 +99,9 @@ def experience_metrics(experience: Experience, inputs: LossInputs, config: PPOCo
     return metrics
 
 
-def score_of(component: str) -> str:
-    """Where the score of a further model is logged: ``reward/NAME/score``, and the cost's under ``cost/score``."""
-    return "cost/score" if component == COST else f"reward/{component}/score"
+def score_of(model: str) -> str:
+    """Where the score of a model is logged: ``reward/score``, ``cost/score``, ``reward/NAME/score``."""
+    return f"{model}/score" if model in (MAIN, COST) else f"reward/{model}/score"
 
 
 def _token_columns(experience: Experience) -> dict[str, Tensor]:
@@ -125,24 +124,23 @@ def _response_columns(experience: Experience, lag: Tensor) -> dict[str, Tensor]:
     batch = experience.batch
     lengths = batch.response_mask.sum(1)
     return {
-        "score": batch.score,
-        "prompt_score": batch.prompt_score,
+        "prompt_score": batch.main.prompt_score,
         "total": experience.total_rewards.sum(1),
         "sum": experience.rewards.sum(1),
-        "sum_abs": batch.token_rewards.abs().sum(1),
+        "sum_abs": batch.main.token_rewards.abs().sum(1),
         "length": lengths.float(),
         "prompt_length": (batch.attention_mask.sum(1) - lengths).float(),
         "truncated": batch.truncated.float(),
         "lag": lag,
         "alignment_loss": batch.alignment_loss,
-    } | {score_of(name): part.score for name, part in batch.components.items()}
+    } | {score_of(name): part.score for name, part in batch.by_model.items()}
 
 
 def _credit_sums(batch: Batch, rewards: Tensor) -> Tensor:
     """Absolute credit: of all tokens, first, last, and EOS; of all prefix differences, and of the jumps at EOS."""
     mask, finished = batch.response_mask, ~batch.truncated
     last, first = last_token(mask), mask & (mask.cumsum(1) == 1)
-    size, scores = rewards.abs(), batch.by_model[MAIN].scores
+    size, scores = rewards.abs(), batch.main.scores
     places = [mask, first, last, last & finished[:, None]]
     jumps = eos_jump(scores, mask).abs()[finished]
     return torch.stack([*(masked_sum(size, place) for place in places), r3hf(scores, mask).abs().sum(), jumps.sum()])
@@ -151,7 +149,7 @@ def _credit_sums(batch: Batch, rewards: Tensor) -> Tensor:
 def _credit_metrics(of: dict[str, Moments], added: dict[str, list[float]], config: PPOConfig) -> dict[str, float]:
     """Where the credit is: what tells noise, a prompt's offset, or a sparse reward in disguise from real credit."""
     everywhere, first, last, eos, differences, jumps = added["credit"]
-    spread = of["score"].std
+    spread = of[score_of(MAIN)].std
     metrics = {
         "r3hf/sum/mean": of["sum"].mean,
         "r3hf/sum_abs_over_std": of["sum_abs"].mean / spread if spread > 0.0 else 0.0,
@@ -168,8 +166,6 @@ def _credit_metrics(of: dict[str, Moments], added: dict[str, list[float]], confi
 
 def _named(of: dict[str, Moments], added: dict[str, list[float]], largest: dict[str, float]) -> dict[str, float]:
     return {
-        "reward/score/mean": of["score"].mean,
-        "reward/score/std": of["score"].std,
         "reward/score/min": -largest["-score"],
         "reward/score/max": largest["score"],
         "reward/total/mean": of["total"].mean,
@@ -183,7 +179,7 @@ def _named(of: dict[str, Moments], added: dict[str, list[float]], largest: dict[
         "critic/returns/mean": of["return"].mean,
         "critic/advantages/mean": of["advantage"].mean,
         "critic/advantages/std": of["advantage"].std,
-        "kl/ref/mean": of["ref_kl"].total / max(of["score"].count, 1.0),
+        "kl/ref/mean": of["ref_kl"].total / max(of["length"].count, 1.0),
         "kl/sampler/mean": -of["drift"].mean,
         "kl/sampler/logp_absdiff_mean": added["absdrift"][0] / max(of["drift"].count, 1.0),
         "kl/sampler/logp_absdiff_max": largest["absdrift"],
@@ -236,10 +232,10 @@ def token_rows(
         "kl": experience.seen.logprobs - batch.ref_logprobs,
         "value": experience.seen.values,
         "advantage": experience.advantages,
-        "prefix_score": batch.prefix_scores,
+        "prefix_score": batch.main.prefix_scores,
         "logprob": experience.seen.logprobs,
     }
-    if batch.components:
+    if len(batch.by_model) > 1:
         columns |= {f"reward/{name}": part for name, part in experience.parts.items()}
     table = {name: x[: len(scored)].tolist() for name, x in columns.items()}
     rows = []
@@ -252,8 +248,8 @@ def token_rows(
             "prompt_id": trajectory.prompt_id,
             "sample": trajectory.sample,
             "prompt": prompt,
-            "score": item.score,
-            "prompt_score": item.prompt_score,
+            "score": item.main.score,
+            "prompt_score": item.main.prompt_score,
             "gold": None,
             "finish": str(trajectory.finish),
         }

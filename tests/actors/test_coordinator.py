@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from r3hf_ray.actors.shares import Share, evaluation_metrics
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import seed_of
 from r3hf_ray.errors import RunFailed
-from r3hf_ray.types import Failure, Finish, GenerateReport, Request, ScoreInfo, ScoreReport, TrajectoryInfo
+from r3hf_ray.types import MAIN, ChunkReport, Failure, Finish, Request, TrajectoryInfo
 from r3hf_ray.weights.contract import Loaded, Publication
 
 pytestmark = pytest.mark.ray
@@ -93,7 +93,7 @@ class FakeRollout(Fake):
         lie = behaviour.get("answer", {}).get(f"{self.name} {publication.version}", {})
         return Loaded(**(honest | lie), seconds=0.25)
 
-    def generate(self, requests: list[Request]) -> tuple[list[TrajectoryInfo], GenerateReport]:
+    def generate(self, requests: list[Request]) -> tuple[list[TrajectoryInfo], ChunkReport]:
         keys, seeds = [(r.prompt_id, r.sample) for r in requests], [r.seed for r in requests]
         if self.version is None:
             raise StaleWeightsError("no published weights yet")
@@ -113,28 +113,28 @@ class FakeRollout(Fake):
             for r in requests
             if (r.prompt_id, r.sample) not in failed
         ]
-        return infos, GenerateReport(infos=infos, failures=failures, seconds=0.5)
+        return infos, ChunkReport(infos=infos, failures=failures, seconds=0.5)
 
 
 class FakeReward(Fake):
-    """Scores a prompt with its own id; the scored object is the `ScoreInfo`."""
+    """Scores a prompt with its own id; the scored object is its `TrajectoryInfo`."""
 
     def score(self, trajectories: list[TrajectoryInfo], keys: list[tuple[int, int]]) -> list[Any]:
         behaviour = self.enter("score", keys=keys)
         failures = self.failures(behaviour, "score", [(t.prompt_id, t.sample, t.attempt) for t in trajectories])
         failed = {(failure.prompt_id, failure.sample) for failure in failures}
         infos = {
-            (t.prompt_id, t.sample): ScoreInfo(
-                info=t,
-                score=float(t.prompt_id),
-                prompt_score=0.0,
+            (t.prompt_id, t.sample): replace(
+                t,
+                scores={
+                    name: factor * t.prompt_id for name, factor in ({MAIN: 1.0} | behaviour.get("models", {})).items()
+                },
                 gold=t.prompt_id / 2,
-                components={name: factor * t.prompt_id for name, factor in behaviour.get("components", {}).items()},
             )
             for t in trajectories
             if (t.prompt_id, t.sample) not in failed
         }
-        report = ScoreReport(infos=list(infos.values()), failures=failures, seconds=0.125)
+        report = ChunkReport(infos=list(infos.values()), failures=failures, seconds=0.125)
         return [*(infos.get(key) for key in keys), report]
 
 
@@ -220,7 +220,7 @@ class Learner:
     config: PPOConfig
     before_publish: Callable[[int], Awaitable[None]] | None = None
     shares: dict[int, list[Share]] = field(default_factory=dict)
-    samples: dict[int, list[ScoreInfo]] = field(default_factory=dict)
+    samples: dict[int, list[TrajectoryInfo]] = field(default_factory=dict)
     """Of each step, over all ranks, rank after rank."""
     calibration: dict[str, tuple[float, float]] | None = None
 
@@ -243,7 +243,7 @@ class Learner:
         await asyncio.gather(*reports)
 
     def keys(self, step: int) -> list[tuple[int, int]]:
-        return sorted((s.info.prompt_id, s.info.sample) for s in self.samples[step])
+        return sorted((s.prompt_id, s.sample) for s in self.samples[step])
 
 
 def run(
@@ -317,7 +317,7 @@ def test_generation_is_ahead_by_the_lag_and_not_a_chunk_more(actors: Actors, max
 
     learner, _ = run(actors, config, play)
     for step, samples in learner.samples.items():
-        assert {sample.info.policy_version for sample in samples} == {max(0, step - max_lag)}
+        assert {sample.policy_version for sample in samples} == {max(0, step - max_lag)}
 
 
 def test_a_sampler_loads_each_version_before_it_generates_with_it(actors: Actors) -> None:
@@ -372,7 +372,7 @@ def test_every_sample_is_in_one_share_and_minibatches_do_not_know_the_ranks(acto
             assert learner.keys(step) == expected_keys(config, step)
             remaining = iter(learner.samples[step])
             for share in shares:
-                keys = [(s.info.prompt_id, s.info.sample) for s in islice(remaining, len(share.refs))]
+                keys = [(s.prompt_id, s.sample) for s in islice(remaining, len(share.refs))]
                 assert keys == sorted(keys)
                 assert len(share.refs) > 0
                 assert share.responses == 16
@@ -416,7 +416,7 @@ def test_a_sampler_killed_while_it_generates_loses_and_doubles_nothing(actors: A
     learner, snapshot = run(actors, config, play)
     for step in range(4):
         assert learner.keys(step) == expected_keys(config, step)
-        assert {(sample.info.policy_version, sample.info.attempt) for sample in learner.samples[step]} == {(step, 0)}
+        assert {(sample.policy_version, sample.attempt) for sample in learner.samples[step]} == {(step, 0)}
     assert sorted(event["actor"] for event in events(snapshot, "failure")) == names
     assert sorted(event["actor"] for event in events(snapshot, "recovered")) == names
     first, second, *later = [row["rollout/retried"] for row in snapshot.rows]
@@ -444,7 +444,7 @@ def test_a_sampler_killed_while_idle_gets_the_latest_weights_before_it_works(act
 
     learner, snapshot = run(actors, config, play)
     assert [learner.keys(step) for step in range(4)] == [expected_keys(config, step) for step in range(4)]
-    versions = {step: {s.info.policy_version for s in samples} for step, samples in learner.samples.items()}
+    versions = {step: {s.policy_version for s in samples} for step, samples in learner.samples.items()}
     assert versions == {step: {step} for step in range(4)}
     assert snapshot.failed is None
 
@@ -526,7 +526,7 @@ def test_a_sample_that_fails_is_tried_again_with_the_same_seed_up_to_the_limit(a
     actors.behave(fail_generate=[(1, 0, 2), (2, 1, 99)], fail_score=[(3, 1, 1)])
     config = configuration(rollout={"samples_per_prompt": 2, "max_attempts": 3}, ppo={"steps": 1})
     learner, snapshot = run(actors, config)
-    attempts = {(s.info.prompt_id, s.info.sample): s.info.attempt for s in learner.samples[0]}
+    attempts = {(s.prompt_id, s.sample): s.attempt for s in learner.samples[0]}
     assert attempts == {key: {(1, 0): 2, (3, 1): 1}.get(key, 0) for key in expected_keys(config, 0) if key != (2, 1)}
     (event,) = events(snapshot, "quarantined")
     assert (event["prompt_id"], event["sample"], event["stage"], event["reason"]) == (2, 1, "generate", "told to fail")
@@ -623,7 +623,7 @@ def test_a_learner_that_begins_again_gets_the_same_batches_with_its_own_weights(
 
     learner, snapshot = run(actors, config, play)
     assert [learner.keys(step) for step in range(4)] == [expected_keys(config, step) for step in range(4)]
-    versions = {step: {s.info.policy_version for s in samples} for step, samples in learner.samples.items()}
+    versions = {step: {s.policy_version for s in samples} for step, samples in learner.samples.items()}
     assert versions == {0: {0}, 1: {1}, 2: {1}, 3: {2}}, "lag 1 counts from the weights of the restart"
     assert [(row["train/global_step"], row["attempt"]) for row in snapshot.rows] == [
         (1, 0),
@@ -715,7 +715,7 @@ def test_calibration_is_the_mean_and_std_of_the_first_policy(actors: Actors) -> 
 
 
 def test_each_model_is_calibrated_and_evaluated_by_itself(actors: Actors) -> None:
-    actors.behave(components={"brevity": 4.0, "cost": -2.0})
+    actors.behave(models={"brevity": 4.0, "cost": -2.0})
     config = configuration(reward={"calibration_samples": 6}, evaluation={"prompts": 3}, ppo={"steps": 1})
     learner, snapshot = run(actors, config)
     std = pytest.approx(np.arange(6.0).std(), rel=1e-12)
@@ -743,7 +743,7 @@ def test_a_calibration_without_scores_ends_the_run(actors: Actors) -> None:
 
 def test_a_reward_model_that_tells_nothing_apart_ends_the_run(actors: Actors) -> None:
     """Nobody is left waiting for a scale."""
-    actors.behave(components={"helpful": 0.0})
+    actors.behave(models={"helpful": 0.0})
     config = configuration(reward={"calibration_samples": 6}, model={"rewards": [{"name": "helpful", "source": "h"}]})
     sentence, snapshot = failing_run(actors, config)
     assert sentence.startswith("model.rewards helpful gives every sampled response the same score (0)")
@@ -751,7 +751,7 @@ def test_a_reward_model_that_tells_nothing_apart_ends_the_run(actors: Actors) ->
 
 
 def test_borrowed_prefixes_in_another_unit_are_said_once(actors: Actors) -> None:
-    actors.behave(components={"early": 2.5})
+    actors.behave(models={"early": 2.5})
     models = {"rewards": [{"name": "early", "source": "e", "weight": 0.0}]}
     reward = {"calibration_samples": 6, "prefixes_from": "early"}
     _, snapshot = run(actors, configuration(reward=reward, model=models, ppo={"steps": 2}))
@@ -788,11 +788,18 @@ def test_a_broken_loop_ends_the_run_instead_of_hanging(actors: Actors) -> None:
 
 
 def test_evaluation_metrics_are_means_with_a_standard_error() -> None:
-    def scored(length: int, finish: Finish, score: float, gold: float | None) -> ScoreInfo:
-        info = TrajectoryInfo(
-            prompt_id=0, sample=0, attempt=0, policy_version=0, prompt_len=3, length=length, finish=finish
+    def scored(length: int, finish: Finish, score: float, gold: float | None) -> TrajectoryInfo:
+        return TrajectoryInfo(
+            prompt_id=0,
+            sample=0,
+            attempt=0,
+            policy_version=0,
+            prompt_len=3,
+            length=length,
+            finish=finish,
+            scores={MAIN: score},
+            gold=gold,
         )
-        return ScoreInfo(info=info, score=score, prompt_score=0.0, gold=gold)
 
     row = evaluation_metrics([scored(5, Finish.EOS, 1.0, 3.0), scored(9, Finish.LENGTH, 2.0, 5.0)])
     assert row == {

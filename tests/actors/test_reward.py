@@ -8,7 +8,7 @@ import torch
 
 from r3hf_ray.actors.reward import RewardActor
 from r3hf_ray.scoring.scorer import ScoringSettings
-from r3hf_ray.types import MAIN, Finish, ScoredTrajectory, ScoreReport, Trajectory
+from r3hf_ray.types import MAIN, ChunkReport, Finish, ScoredTrajectory, Trajectory
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,12 @@ def test_one_object_for_each_key_in_their_order_then_the_report(actor: RewardAct
     assert first.trajectory is made[1]
     assert second is None
     assert third.trajectory is made[0]
-    assert isinstance(report, ScoreReport)
-    assert [info.info for info in report.infos] == [item.info for item in made]
-    assert [info.score for info in report.infos] == [third.score, first.score]
+    assert isinstance(report, ChunkReport)
+    assert [(info.prompt_id, info.length) for info in report.infos] == [
+        (2, len(made[0].token_ids)),
+        (1, len(made[1].token_ids)),
+    ]
+    assert [info.scores for info in report.infos] == [{MAIN: third.main.score}, {MAIN: first.main.score}]
     assert report.failures == []
     assert report.seconds > 0
 
@@ -65,7 +68,7 @@ def test_a_failed_score_is_none_and_reported(actor: RewardActor) -> None:
             weight[30] = kept
     assert broken is None
     assert isinstance(sound, ScoredTrajectory)
-    assert [info.info.prompt_id for info in report.infos] == [2]
+    assert [info.prompt_id for info in report.infos] == [2]
     assert [(failure.prompt_id, failure.stage) for failure in report.failures] == [(1, "score")]
 
 

@@ -21,7 +21,7 @@ from r3hf_ray.actors.rollout import EngineSettings, RolloutActor, StaleWeightsEr
 from r3hf_ray.draws import seed_of
 from r3hf_ray.models.logprobs import token_logprobs
 from r3hf_ray.models.sharding import full_parameters
-from r3hf_ray.types import Finish, GenerateReport, Request, Trajectory
+from r3hf_ray.types import ChunkReport, Finish, Request, Trajectory
 from r3hf_ray.weights.contract import Loaded, Probe, Publication, WeightStore, publish
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -44,7 +44,7 @@ class Samplers:
     def load(self, kind: str, publication: Publication) -> Loaded:
         return self.of[kind].load_weights(publication)
 
-    def generate(self, kind: str, requests: list[Request]) -> tuple[list[Trajectory], GenerateReport]:
+    def generate(self, kind: str, requests: list[Request]) -> tuple[list[Trajectory], ChunkReport]:
         return self.of[kind].generate(requests)
 
     def cached_tokens(self, kind: str, requests: list[Request]) -> list[int]:

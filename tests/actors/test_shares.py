@@ -7,7 +7,7 @@ import pytest
 from r3hf_ray.actors.shares import calibration_of, unlike_units
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import RunFailed
-from r3hf_ray.types import Finish, ScoreInfo, TrajectoryInfo
+from r3hf_ray.types import MAIN, Finish, TrajectoryInfo
 
 
 def configuration(price: dict[str, float], **model: Any) -> PPOConfig:
@@ -16,9 +16,17 @@ def configuration(price: dict[str, float], **model: Any) -> PPOConfig:
     )
 
 
-def scored(score: float, **components: float) -> ScoreInfo:
-    info = TrajectoryInfo(prompt_id=0, sample=0, attempt=0, policy_version=0, prompt_len=3, length=5, finish=Finish.EOS)
-    return ScoreInfo(info=info, score=score, prompt_score=0.0, gold=None, components=components)
+def scored(score: float, **further: float) -> TrajectoryInfo:
+    return TrajectoryInfo(
+        prompt_id=0,
+        sample=0,
+        attempt=0,
+        policy_version=0,
+        prompt_len=3,
+        length=5,
+        finish=Finish.EOS,
+        scores={MAIN: score} | further,
+    )
 
 
 FIXED = {"multiplier": 0.0, "multiplier_lr": 0.0}

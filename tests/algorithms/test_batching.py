@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r3hf_ray.algorithms.batching import collate, masked_filler, microbatches, pad_rows
-from r3hf_ray.types import ComponentScores, Finish, ScoredTrajectory, Trajectory
+from r3hf_ray.types import MAIN, Finish, ModelScores, ScoredTrajectory, Trajectory
 
-PER_TOKEN = ["behavior_logprobs", "ref_logprobs", "token_rewards", "prefix_scores"]
+PER_TOKEN = ["behavior_logprobs", "ref_logprobs", "by_model.reward.token_rewards", "by_model.reward.prefix_scores"]
 
 
 def scored(prompt_len, response_len, seed=0, finish=Finish.EOS):
@@ -31,14 +31,13 @@ def scored(prompt_len, response_len, seed=0, finish=Finish.EOS):
     )
     for array in (trajectory.token_ids, trajectory.behavior_logprobs):
         array.setflags(write=False)  # as Ray's object store hands them out
-    return ScoredTrajectory(
-        trajectory=trajectory,
+    main = ModelScores(
         token_rewards=per_token(),
         prefix_scores=per_token(),
-        ref_logprobs=per_token(),
         score=float(rng.normal()),
         prompt_score=float(rng.normal()),
     )
+    return ScoredTrajectory(trajectory=trajectory, ref_logprobs=per_token(), by_model={MAIN: main})
 
 
 SHAPES = [(2, 5), (4, 1), (1, 9), (3, 3)]
@@ -63,11 +62,11 @@ def test_collate_round_trip():
         np.testing.assert_array_equal(
             batch.response_mask[b], (positions >= trajectory.prompt_len) & (positions < length)
         )
-        sources = [trajectory.behavior_logprobs, item.ref_logprobs, item.token_rewards, item.prefix_scores]
+        sources = [trajectory.behavior_logprobs, item.ref_logprobs, item.main.token_rewards, item.main.prefix_scores]
         for name, source in zip(PER_TOKEN, sources, strict=True):
-            np.testing.assert_array_equal(getattr(batch, name)[b, :length], source)
-    np.testing.assert_array_equal(batch.score, np.float32([i.score for i in items]))
-    np.testing.assert_array_equal(batch.prompt_score, np.float32([i.prompt_score for i in items]))
+            np.testing.assert_array_equal(batch.tensors()[name][b, :length], source)
+    np.testing.assert_array_equal(batch.main.score, np.float32([i.main.score for i in items]))
+    np.testing.assert_array_equal(batch.main.prompt_score, np.float32([i.main.prompt_score for i in items]))
     assert batch.truncated.tolist() == [False, False, True, False]
     assert batch.prompt_ids.tolist() == [100, 101, 102, 103]
     assert batch.samples.tolist() == [0, 1, 2, 0]
@@ -77,7 +76,7 @@ def test_collate_round_trip():
 def test_everything_per_token_is_exactly_zero_outside_the_response():
     batch = collate(example(), pad_id=0)
     for name in PER_TOKEN:
-        outside = getattr(batch, name)[~batch.response_mask]
+        outside = batch.tensors()[name][~batch.response_mask]
         assert torch.equal(outside, torch.zeros_like(outside))
 
 
@@ -102,12 +101,13 @@ def with_cost(items):
         replace(
             item,
             alignment_loss=0.25 * i,
-            components={
-                "cost": ComponentScores(
-                    token_rewards=-item.token_rewards,
-                    prefix_scores=-item.prefix_scores,
-                    score=-item.score,
-                    prompt_score=item.prompt_score / 2,
+            by_model=item.by_model
+            | {
+                "cost": ModelScores(
+                    token_rewards=-item.main.token_rewards,
+                    prefix_scores=-item.main.prefix_scores,
+                    score=-item.main.score,
+                    prompt_score=item.main.prompt_score / 2,
                 )
             },
         )
@@ -120,16 +120,16 @@ def test_further_models_go_wherever_the_main_one_goes():
     batch = collate(items, pad_id=0)
     assert list(batch.by_model) == ["reward", "cost"]
     main, cost = batch.by_model.values()
-    assert torch.equal(main.scores.pooled, batch.score) and torch.equal(main.token_rewards, batch.token_rewards)
-    assert torch.equal(cost.token_rewards, -batch.token_rewards) and torch.equal(cost.scores.pooled, -batch.score)
-    assert torch.equal(cost.scores.prefix, -batch.prefix_scores)
-    assert torch.equal(cost.scores.prompt, batch.prompt_score / 2)
+    assert main is batch.main
+    assert torch.equal(cost.token_rewards, -main.token_rewards) and torch.equal(cost.scores.pooled, -main.score)
+    assert torch.equal(cost.scores.prefix, -main.prefix_scores)
+    assert torch.equal(cost.scores.prompt, main.prompt_score / 2)
     assert batch.alignment_loss.tolist() == [0.0, 0.25, 0.5, 0.75]
     chosen, direct = batch.rows([3, 1]).tensors(), collate([items[3], items[1]], pad_id=0).tensors()
-    assert chosen.keys() == direct.keys() >= {"components.cost.score", "score"}
+    assert chosen.keys() == direct.keys() >= {"by_model.cost.score", "by_model.reward.score"}
     assert all(torch.equal(x, direct[name]) for name, x in chosen.items())
     assert all(x.is_meta for x in batch.to("meta").tensors().values())
-    filler = masked_filler(batch).components["cost"]
+    filler = masked_filler(batch).by_model["cost"]
     assert not filler.token_rewards.any() and not filler.prefix_scores.any()
 
 
@@ -151,7 +151,7 @@ def test_a_filler_is_one_short_row_with_nothing_to_learn_from():
     assert filler.token_ids.tolist() == batch.token_ids[1:2, :5].tolist()
     assert filler.attention_mask.all()
     assert not filler.response_mask.any()
-    assert not any(getattr(filler, name).any() for name in PER_TOKEN)
+    assert not any(filler.tensors()[name].any() for name in PER_TOKEN)
 
 
 def test_the_example_of_microbatches():

@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.results import BareStep, Cost
-
-from r3hf_ray.actors.actor_settings import engine_settings, scoring_settings
+from r3hf_ray.actor_settings import engine_settings, scoring_settings
 from r3hf_ray.actors.environment import ACTORS
 from r3hf_ray.actors.rollout import EngineSettings, RolloutActor
 from r3hf_ray.config import PPOConfig

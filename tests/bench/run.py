@@ -9,13 +9,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from rich.console import Console
+
 from bench.bare import BareLoops
 from bench.results import BareStep, Results, SystemRun, bare_sum, targets
 from bench.shapes import LAG_0, Shape, make_inputs
 from bench.system import clean_environment, run_system
 from bench.table import as_json, markdown, show
-from rich.console import Console
-
 from r3hf_ray.records.provenance import versions
 
 CORES = 2

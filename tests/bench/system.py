@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import psutil
-from bench.results import LEARNER_STAGES, REST, WORKER_STAGES, SystemRun
 
+from bench.results import LEARNER_STAGES, REST, WORKER_STAGES, SystemRun
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import RunFailed
 from r3hf_ray.records.jsonl import read_jsonl

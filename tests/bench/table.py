@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from bench.results import (
     LEARNER_STAGES,
     REST,
@@ -21,8 +24,6 @@ from bench.results import (
     step_seconds,
     targets,
 )
-from rich.console import Console
-from rich.table import Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,8 @@ import json
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
+
 from bench.results import (
     LEARNER_STAGES,
     REST,
@@ -22,7 +24,6 @@ from bench.results import (
     targets,
 )
 from bench.table import as_json, markdown, pages, show
-from rich.console import Console
 
 LOOPS = ("generate", "score", "learn", "load weights")
 

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench.shapes import LAG_0, LAG_1, PROMPT_TOKENS, SHAPES, TERMINAL, TINY, TWO_RANKS, Shape, make_inputs
 from transformers import AutoModelForCausalLM
 
+from bench.shapes import LAG_0, LAG_1, PROMPT_TOKENS, SHAPES, TERMINAL, TINY, TWO_RANKS, Shape, make_inputs
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.preflight import check

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import pytest
+
 from bench.results import LEARNER_STAGES, REST, WORKER_STAGES
 from bench.system import CpuMeter, measure
 

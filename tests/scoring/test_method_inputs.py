@@ -52,7 +52,7 @@ def settings(tiny_models):
 
 def rewards_of(settings, **change):
     results = Scorer(replace(settings, **change)).score(ALL)
-    return [(item, item.token_rewards[item.trajectory.prompt_len :]) for item in results]
+    return [(item, item.main.token_rewards[item.trajectory.prompt_len :]) for item in results]
 
 
 @pytest.mark.parametrize(
@@ -68,14 +68,14 @@ def rewards_of(settings, **change):
 )
 def test_rewards_add_up(settings, change, of_prompt):
     for item, rewards in rewards_of(settings, **change):
-        expected = item.score - of_prompt * item.prompt_score
+        expected = item.main.score - of_prompt * item.main.prompt_score
         assert rewards.astype(np.float64).sum() == pytest.approx(expected, abs=3e-6)
-        assert not item.token_rewards[: item.trajectory.prompt_len].any()
+        assert not item.main.token_rewards[: item.trajectory.prompt_len].any()
 
 
 def test_abc_shares_the_score_and_leaves_the_rest_at_the_end(settings):
     for item, rewards in rewards_of(settings, mode="abc", beta_c=0.8):
-        shares = rewards / np.float32(item.score)
+        shares = rewards / np.float32(item.main.score)
         assert (shares >= 0).all() and shares[-1] >= 0.2 - 1e-6
         assert len(shares) == 1 or (shares[:-1] > 0).all()
 

@@ -103,30 +103,30 @@ def test_score_is_read_behind_the_suffix_after_eos_and_at_the_cut_otherwise(
     for item in scored(scorer, ALL):
         ids = item.trajectory.token_ids.tolist()
         suffix = list(SUFFIX) if item.trajectory.finish is Finish.EOS else []
-        assert item.score == pytest.approx(plain_score(ids + suffix), abs=2e-6)
-        assert item.prompt_score == pytest.approx(plain_score(ids[: item.trajectory.prompt_len]), abs=2e-6)
+        assert item.main.score == pytest.approx(plain_score(ids + suffix), abs=2e-6)
+        assert item.main.prompt_score == pytest.approx(plain_score(ids[: item.trajectory.prompt_len]), abs=2e-6)
     assert plain_score(ENDED.token_ids.tolist()) != pytest.approx(plain_score([*ENDED.token_ids, *SUFFIX]), abs=1e-3)
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({}, lambda item: item.score - item.prompt_score),
-        ({"subtract_prompt_score": False}, lambda item: item.score),
-        ({"mode": "terminal"}, lambda item: item.score),
-        ({"beta_c": 0.25}, lambda item: item.score - 0.25 * item.prompt_score),
+        ({}, lambda item: item.main.score - item.main.prompt_score),
+        ({"subtract_prompt_score": False}, lambda item: item.main.score),
+        ({"mode": "terminal"}, lambda item: item.main.score),
+        ({"beta_c": 0.25}, lambda item: item.main.score - 0.25 * item.main.prompt_score),
     ],
 )
 def test_token_rewards_add_up_to_the_score(
     settings: ScoringSettings, change: dict[str, Any], expected: Callable[[ScoredTrajectory], float]
 ) -> None:
     for item in scored(Scorer(replace(settings, **change)), ALL):
-        prompt, response = np.split(item.token_rewards, [item.trajectory.prompt_len])
+        prompt, response = np.split(item.main.token_rewards, [item.trajectory.prompt_len])
         assert not prompt.any()
         assert response.astype(np.float64).sum() == pytest.approx(expected(item), abs=2e-6)
         if change.get("mode") == "terminal":
             assert not response[:-1].any()
-            assert response[-1] == np.float32(item.score)
+            assert response[-1] == np.float32(item.main.score)
 
 
 def test_each_token_earns_what_it_adds_to_the_prefix_score(
@@ -135,9 +135,9 @@ def test_each_token_earns_what_it_adds_to_the_prefix_score(
     (item,) = scored(scorer, [LONG])
     ids, start = LONG.token_ids.tolist(), LONG.prompt_len
     prefixes = [plain_score(ids[:end]) for end in range(start, len(ids))] + [plain_score(ids + list(SUFFIX))]
-    np.testing.assert_allclose(item.token_rewards[start:], np.diff(prefixes), rtol=0, atol=4e-6)
-    np.testing.assert_allclose(item.prefix_scores[start:], prefixes[1:], rtol=0, atol=2e-6)
-    assert not item.prefix_scores[:start].any()
+    np.testing.assert_allclose(item.main.token_rewards[start:], np.diff(prefixes), rtol=0, atol=4e-6)
+    np.testing.assert_allclose(item.main.prefix_scores[start:], prefixes[1:], rtol=0, atol=2e-6)
+    assert not item.main.prefix_scores[:start].any()
 
 
 def test_reference_logprobs_are_at_the_sampling_temperature(scorer: Scorer, tiny_models: Any) -> None:
@@ -155,31 +155,32 @@ def test_reference_logprobs_are_at_the_sampling_temperature(scorer: Scorer, tiny
 def test_microbatches_change_nothing(settings: ScoringSettings, scorer: Scorer, budget: int) -> None:
     small = Scorer(replace(settings, microbatch_tokens=budget))
     for ours, theirs in zip(scored(small, ALL), scored(scorer, ALL), strict=True):
-        for name in ("token_rewards", "prefix_scores", "ref_logprobs", "score", "prompt_score"):
-            np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=0, atol=1e-5)
+        for name in ("token_rewards", "prefix_scores", "score", "prompt_score"):
+            np.testing.assert_allclose(getattr(ours.main, name), getattr(theirs.main, name), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(ours.ref_logprobs, theirs.ref_logprobs, rtol=0, atol=1e-5)
 
 
 def test_the_same_ids_give_the_same_bits(scorer: Scorer) -> None:
     """Reward actors may be run again by Ray."""
     for first, again in zip(scored(scorer, ALL), scored(scorer, ALL), strict=True):
-        assert first.token_rewards.tobytes() == again.token_rewards.tobytes()
+        assert first.main.token_rewards.tobytes() == again.main.token_rewards.tobytes()
         assert first.ref_logprobs.tobytes() == again.ref_logprobs.tobytes()
 
 
 @pytest.mark.parametrize("change", [{}, {"mode": "terminal"}, {"mode": "abc"}, {"eos_jump": "drop", "beta_c": 0.5}])
 def test_every_model_is_redistributed_by_the_same_rules(several: ScoringSettings, change: dict[str, Any]) -> None:
-    """Each component is what its model gives as the only one; the cost is the main model again."""
+    """Each says what its model gives as the only one; the cost is the main model again."""
     alone = replace(several, further={}, **change)
     helpful = replace(alone, reward_model=several.further["helpful"].source, suffix_ids=())
     together = scored(Scorer(replace(several, **change)), ALL)
     for item, main, other in zip(together, scored(Scorer(alone), ALL), scored(Scorer(helpful), ALL), strict=True):
-        assert list(item.components) == ["helpful", COST]
-        assert item.token_rewards.tobytes() == main.token_rewards.tobytes()
-        for part, expected in ((item.components["helpful"], other), (item.components[COST], main)):
+        assert list(item.by_model) == [MAIN, "helpful", COST]
+        assert item.main.token_rewards.tobytes() == main.main.token_rewards.tobytes()
+        for part, expected in ((item.by_model["helpful"], other.main), (item.by_model[COST], main.main)):
             for name in ("token_rewards", "prefix_scores"):
                 assert getattr(part, name).tobytes() == getattr(expected, name).tobytes()
             assert (part.score, part.prompt_score) == (expected.score, expected.prompt_score)
-        assert item.components["helpful"].score != item.score
+        assert item.by_model["helpful"].score != item.main.score
 
 
 @pytest.mark.parametrize("change", [{}, {"eos_jump": "spread"}, {"subtract_prompt_score": False}])
@@ -187,23 +188,23 @@ def test_one_models_prefixes_carry_the_others_reward(several: ScoringSettings, c
     """Whatever the rule for the jump at EOS, the sum is the main model's."""
     settings = replace(several, prefixes_from="helpful", **change)
     for item, plain in zip(scored(Scorer(settings), ALL), scored(Scorer(several), ALL), strict=True):
-        start, helpful = item.trajectory.prompt_len, item.components["helpful"]
-        assert (item.score, item.prompt_score) == (plain.score, plain.prompt_score)
-        prefixes = item.prompt_score + helpful.prefix_scores[start:-1] - helpful.prompt_score
-        np.testing.assert_allclose(item.prefix_scores[start:-1], prefixes, rtol=0, atol=4e-6)
-        subtracted = 0.0 if "subtract_prompt_score" in change else item.prompt_score
-        jump = item.score - (prefixes[-1] if len(prefixes) else item.prompt_score)
+        start, helpful = item.trajectory.prompt_len, item.by_model["helpful"]
+        assert (item.main.score, item.main.prompt_score) == (plain.main.score, plain.main.prompt_score)
+        prefixes = item.main.prompt_score + helpful.prefix_scores[start:-1] - helpful.prompt_score
+        np.testing.assert_allclose(item.main.prefix_scores[start:-1], prefixes, rtol=0, atol=4e-6)
+        subtracted = 0.0 if "subtract_prompt_score" in change else item.main.prompt_score
+        jump = item.main.score - (prefixes[-1] if len(prefixes) else item.main.prompt_score)
         spread = change.get("eos_jump") == "spread" and item.trajectory.finish is Finish.EOS
         each = jump / (len(prefixes) + 1) if spread else 0.0
-        np.testing.assert_allclose(item.token_rewards[start + 1 : -1], np.diff(prefixes) + each, rtol=0, atol=4e-6)
-        assert item.token_rewards.sum() == pytest.approx(item.score - subtracted, abs=4e-6)
+        np.testing.assert_allclose(item.main.token_rewards[start + 1 : -1], np.diff(prefixes) + each, rtol=0, atol=4e-6)
+        assert item.main.token_rewards.sum() == pytest.approx(item.main.score - subtracted, abs=4e-6)
 
 
 def test_the_coordinator_hears_every_models_score(several: ScoringSettings) -> None:
     scorer = Scorer(several)
     (item,) = scored(scorer, [ENDED])
-    expected = {name: part.score for name, part in item.components.items()}
-    assert scorer.judge(item).components == expected
+    expected = {name: part.score for name, part in item.by_model.items()}
+    assert scorer.judge(item).scores == expected
     assert item.alignment_loss == 0.0
 
 
@@ -228,8 +229,8 @@ def test_another_backend_reads_the_same_samples(settings: ScoringSettings) -> No
     assert (asked.source, asked.suffix_ids, asked.mode) == (settings.reward_model, SUFFIX, "r3hf")
     assert (asked.dtype, asked.device) == (torch.bfloat16, "cpu")
     ended, cut, short, long = scorer.score(ALL)
-    assert ended.token_rewards.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert (ended.alignment_loss, short.score) == (0.5, 1.0)
+    assert ended.main.token_rewards.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert (ended.alignment_loss, short.main.score) == (0.5, 1.0)
     assert [item.reason for item in (cut, long)] == ["model.reward_model: it is too long"] * 2
 
 
@@ -265,12 +266,12 @@ def test_a_foreign_reward_model_reads_its_own_ids(
         start = item.trajectory.prompt_len
         prompt, response = own[:start], [36, *own[start:]]
         tail = [38] if item.trajectory.finish is Finish.EOS else []
-        assert item.prompt_score == pytest.approx(plain_score(prompt), abs=2e-6)
-        assert item.score == pytest.approx(plain_score(prompt + response + tail), abs=2e-6)
-        assert item.token_rewards.sum() == pytest.approx(item.score - item.prompt_score, abs=2e-6)
+        assert item.main.prompt_score == pytest.approx(plain_score(prompt), abs=2e-6)
+        assert item.main.score == pytest.approx(plain_score(prompt + response + tail), abs=2e-6)
+        assert item.main.token_rewards.sum() == pytest.approx(item.main.score - item.main.prompt_score, abs=2e-6)
         if len(response) > 1:
             first = plain_score(prompt + response[:2]) - plain_score(prompt)
-            assert item.token_rewards[start] == pytest.approx(first, abs=4e-6)
+            assert item.main.token_rewards[start] == pytest.approx(first, abs=4e-6)
         assert item.alignment_loss == 0.0
 
 
@@ -311,7 +312,7 @@ def test_a_number_that_is_not_finite_is_a_failure_and_the_others_stay(
     assert (failure.prompt_id, failure.sample, failure.stage) == (1, 0, "score")
     assert failure.reason.startswith(f"{field} gives a ") and "not finite" in failure.reason
     for ours, theirs in zip(results[:1] + results[2:], sound[:1] + sound[2:], strict=True):
-        np.testing.assert_array_equal(ours.token_rewards, theirs.token_rewards)
+        np.testing.assert_array_equal(ours.main.token_rewards, theirs.main.token_rewards)
 
 
 @pytest.mark.parametrize("name", [MAIN, "helpful"])
@@ -336,7 +337,7 @@ def test_the_policys_tokenizer_spells_what_was_sampled(
     judged = replace(foreign, gold="math:dist", mode="segment", segment_by="ngram")
     ours, theirs = (scored(Scorer(replace(judged, reference=source)), ALL) for source in (str(bare), foreign.reference))
     for one, other in zip(ours, theirs, strict=True):
-        assert one.token_rewards.tobytes() == other.token_rewards.tobytes()
+        assert one.main.token_rewards.tobytes() == other.main.token_rewards.tobytes()
     with pytest.raises(ModelError, match="no token ends a sentence"):
         Scorer(replace(several, reference=str(bare), mode="segment", segment_by="sentence"))
 
@@ -350,7 +351,7 @@ def test_a_reward_head_that_is_nan_never_becomes_data(settings: ScoringSettings)
 def test_results_have_the_trajectorys_length_and_no_batch_behind_them(scorer: Scorer) -> None:
     """A view would carry the padded batch through the object store."""
     for item in scored(scorer, ALL):
-        for array in (item.token_rewards, item.prefix_scores, item.ref_logprobs):
+        for array in (item.main.token_rewards, item.main.prefix_scores, item.ref_logprobs):
             assert array.shape == item.trajectory.token_ids.shape
             assert torch.from_numpy(array).untyped_storage().nbytes() == array.nbytes
             assert array.base is None or array.base.nbytes == array.nbytes
@@ -381,7 +382,7 @@ def test_without_a_judge_there_is_no_gold_score(scorer: Scorer) -> None:
     (item,) = scored(scorer, [ENDED])
     info = scorer.judge(item)
     assert info.gold is None
-    assert (info.info, info.score, info.prompt_score) == (ENDED.info, item.score, item.prompt_score)
+    assert info == replace(ENDED.info, scores={MAIN: item.main.score})
 
 
 @pytest.mark.parametrize("name", ["my_judges:absent", "no_such_module:length", "my_judges", ":length", ""])

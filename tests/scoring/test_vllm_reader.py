@@ -255,7 +255,7 @@ def test_a_reward_actor_gives_the_same_on_either_backend(
     assert report.failures == []
     for our, their in zip(ours, theirs, strict=True):
         assert isinstance(our, ScoredTrajectory)
-        np.testing.assert_allclose(our.token_rewards, their.token_rewards, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(our.main.token_rewards, their.main.token_rewards, rtol=0, atol=2e-5)
         np.testing.assert_allclose(our.prefix_scores, their.prefix_scores, rtol=0, atol=2e-5)
         assert abs(our.score - their.score) < 2e-5
         np.testing.assert_array_equal(our.ref_logprobs, their.ref_logprobs)

@@ -16,7 +16,7 @@ from r3hf_ray.models.sharding import make_mesh
 from r3hf_ray.records.metrics import describe
 from r3hf_ray.training.experience import Evaluation, RewardScale, loss_inputs, make_experience, require_telescoping
 from r3hf_ray.training.ppo import PPOLearner, replay_capsule
-from r3hf_ray.types import ComponentScores, Finish, ScoredTrajectory, Trajectory
+from r3hf_ray.types import MAIN, Finish, ModelScores, ScoredTrajectory, Trajectory
 
 SHAPES = [(2, 4), (2, 6), (2, 3), (3, 5), (3, 1), (3, 7)]
 """Prompt and response lengths: three samples of each of two prompts. The last response is cut."""
@@ -42,17 +42,16 @@ def scored(index: int) -> ScoredTrajectory:
         token_ids=rng.integers(3, 40, prompt_len + length).astype(np.int32),
         behavior_logprobs=per_token(-3.7, 0.3),
     )
-    return ScoredTrajectory(
-        trajectory=trajectory,
-        token_rewards=rewards,
-        prefix_scores=prefix,
-        ref_logprobs=per_token(-3.7, 0.3),
-        score=float(prefix[-1]),
-        prompt_score=prompt_score,
-    )
+    main = ModelScores(token_rewards=rewards, prefix_scores=prefix, score=float(prefix[-1]), prompt_score=prompt_score)
+    return ScoredTrajectory(trajectory=trajectory, ref_logprobs=per_token(-3.7, 0.3), by_model={MAIN: main})
 
 
 ALL = [scored(index) for index in range(6)]
+
+
+def changed(item: ScoredTrajectory, **change) -> ScoredTrajectory:
+    """The same with other scores of the main model."""
+    return replace(item, by_model=item.by_model | {MAIN: replace(item.main, **change)})
 
 
 def configuration(**sections) -> PPOConfig:
@@ -93,7 +92,7 @@ def test_rloo_takes_the_others_of_the_prompt_with_kl_and_missing_eos():
     sections = {"ppo": {"advantage": "rloo"}, "reward": {"missing_eos": "penalty", "missing_eos_penalty": 2.0}}
     exp = experience(configuration(**sections), kl_coef=0.1)
     whole = wholes(exp)
-    assert whole[5] == pytest.approx(ALL[5].score + 0.25 - 2.0 - 0.1 * 0.25 * 7, abs=1e-5)
+    assert whole[5] == pytest.approx(ALL[5].main.score + 0.25 - 2.0 - 0.1 * 0.25 * 7, abs=1e-5)
     first = exp.batch.response_mask & (exp.batch.response_mask.cumsum(1) == 1)
     others = [(sum(whole[:3]) - w) / 2 for w in whole[:3]] + [(sum(whole[3:]) - w) / 2 for w in whole[3:]]
     np.testing.assert_allclose(exp.advantages[first], np.subtract(whole, others), rtol=0, atol=1e-5)
@@ -109,14 +108,14 @@ def test_grpo_standardises_by_the_prompt():
 
 def test_a_prompts_offset_in_the_reward_model_is_nothing_to_groups():
     """P_0 cancels in r3hf; where terminal rewards carry it, the group's mean takes it away."""
-    moved = [replace(item, score=item.score + 10.0 * (i < 3)) for i, item in enumerate(ALL)]
+    moved = [changed(item, score=item.main.score + 10.0 * (i < 3)) for i, item in enumerate(ALL)]
     config = configuration(ppo={"advantage": "rloo"}, reward={"mode": "terminal"})
 
     def sparse(items):
-        paid = [np.zeros_like(item.token_rewards) for item in items]
+        paid = [np.zeros_like(item.main.token_rewards) for item in items]
         for rewards, item in zip(paid, items, strict=True):
-            rewards[-1] = item.score
-        return [replace(item, token_rewards=rewards) for item, rewards in zip(items, paid, strict=True)]
+            rewards[-1] = item.main.score
+        return [changed(item, token_rewards=rewards) for item, rewards in zip(items, paid, strict=True)]
 
     one, other = (experience(config, sparse(items)).advantages for items in (ALL, moved))
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
@@ -143,15 +142,17 @@ def test_kl_in_the_reward_takes_the_estimator(estimator, price):
 def test_uniform_rewards_are_centred_by_shares():
     items = []
     for item in ALL:
-        rewards = np.zeros_like(item.token_rewards)
-        rewards[item.trajectory.prompt_len :] = item.score / (len(rewards) - item.trajectory.prompt_len)
-        items.append(replace(item, token_rewards=rewards))
+        rewards = np.zeros_like(item.main.token_rewards)
+        rewards[item.trajectory.prompt_len :] = item.main.score / (len(rewards) - item.trajectory.prompt_len)
+        items.append(changed(item, token_rewards=rewards))
     config = configuration(reward={"mode": "uniform"})
     assert require_telescoping(collate(items, pad_id=0), config).max() < 1e-6
     exp = experience(config, items, mean=0.7, scale=2.0)
     for row, (item, (prompt, length)) in enumerate(zip(items, SHAPES, strict=True)):
         paid = exp.rewards[row, prompt : prompt + length]
-        torch.testing.assert_close(paid, torch.full((length,), (item.score - 0.7) / 2.0 / length), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            paid, torch.full((length,), (item.main.score - 0.7) / 2.0 / length), rtol=0, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("rule", ["keep", "spread", "drop"])
@@ -160,11 +161,11 @@ def test_the_learner_knows_what_the_rule_for_the_jump_sums_to(rule):
     error = require_telescoping
     items = []
     for item in ALL:
-        start, rewards = item.trajectory.prompt_len, item.token_rewards.copy()
+        start, rewards = item.trajectory.prompt_len, item.main.token_rewards.copy()
         if item.trajectory.finish is Finish.EOS and rule != "keep":
             jump, rewards[-1] = rewards[-1], 0.0
             rewards[start:] += jump / len(rewards[start:]) if rule == "spread" else 0.0
-        items.append(replace(item, token_rewards=rewards))
+        items.append(changed(item, token_rewards=rewards))
     assert error(collate(items, pad_id=0), config).max() < 1e-6
     if rule == "drop":
         with pytest.raises(TelescopingError):
@@ -183,10 +184,10 @@ SEVERAL = {
 SCALES = {"brevity": RewardScale(1.0, 4.0), "cost": RewardScale(-2.0, 0.5)}
 
 
-def component(item: ScoredTrajectory, seed: int, mode: str) -> ComponentScores:
+def opinion(item: ScoredTrajectory, seed: int, mode: str) -> ModelScores:
     """Another model's opinion of the same response, redistributed by `mode`."""
     start, rng = item.trajectory.prompt_len, np.random.default_rng((seed, *item.trajectory.token_ids))
-    prefix = np.zeros_like(item.prefix_scores)
+    prefix = np.zeros_like(item.main.prefix_scores)
     prefix[start:] = rng.normal(seed, 2.0, len(prefix) - start)
     prompt_score, score, rewards = float(np.float32(rng.normal())), float(prefix[-1]), np.zeros_like(prefix)
     if mode == "r3hf":
@@ -195,16 +196,14 @@ def component(item: ScoredTrajectory, seed: int, mode: str) -> ComponentScores:
         rewards[-1] = score
     else:
         rewards[start:] = score / (len(prefix) - start)
-    return ComponentScores(token_rewards=rewards, prefix_scores=prefix, score=score, prompt_score=prompt_score)
+    return ModelScores(token_rewards=rewards, prefix_scores=prefix, score=score, prompt_score=prompt_score)
 
 
 def judged_by_several(mode: str = "r3hf") -> list[ScoredTrajectory]:
     items = []
     for item in ALL:
-        main = component(item, 0, mode)
-        own = {"token_rewards": main.token_rewards, "prefix_scores": main.prefix_scores}
-        further = {name: component(item, seed, mode) for seed, name in enumerate(("brevity", "cost"), start=1)}
-        items.append(replace(item, **own, score=main.score, prompt_score=main.prompt_score, components=further))
+        names = ("reward", "brevity", "cost")
+        items.append(replace(item, by_model={name: opinion(item, seed, mode) for seed, name in enumerate(names)}))
     return items
 
 
@@ -220,7 +219,7 @@ def test_the_reward_is_the_weighted_sum_each_in_its_own_units(mode):
     for row, (item, (prompt_len, length)) in enumerate(zip(items, SHAPES, strict=True)):
         expected = np.zeros(prompt_len + length)
         for name, (weight, mean, std) in factors.items():
-            part = component(item, ["reward", "brevity", "cost"].index(name), mode)
+            part = opinion(item, ["reward", "brevity", "cost"].index(name), mode)
             paid = part.token_rewards.astype(np.float64)
             if mode == "terminal":
                 paid[-1] -= mean
@@ -237,7 +236,7 @@ def test_the_reward_is_the_weighted_sum_each_in_its_own_units(mode):
 
 def test_a_cost_that_is_the_reward_cancels_it():
     models = {"policy": "p", "reward_model": "r", "reward_weight": 0.5, "cost": "r"}
-    items = [replace(item, components={"cost": component(item, 0, "r3hf")}) for item in judged_by_several()]
+    items = [replace(item, by_model={MAIN: item.main, "cost": item.main}) for item in judged_by_several()]
     exp = experience(
         configuration(model=models), items, scale=2.0, further={"cost": RewardScale(0.0, 2.0)}, multiplier=0.5
     )
@@ -249,7 +248,7 @@ def test_one_model_is_what_it_was_to_the_bit():
     reward = {"missing_eos": "penalty", "beta_c": 0.75}
     exp = experience(configuration(reward=reward), mean=0.7, scale=1.3, multiplier=5.0)
     batch = exp.batch
-    alone = normalize(batch.token_rewards, batch.response_mask, mean=0.7, scale=1.3, terminal_weight=0.25)
+    alone = normalize(batch.main.token_rewards, batch.response_mask, mean=0.7, scale=1.3, terminal_weight=0.25)
     alone = missing_eos(alone, batch.response_mask, batch.truncated, rule="penalty", penalty=1.0)
     assert alone.numpy().tobytes() == exp.rewards.numpy().tobytes()
     assert list(exp.parts) == ["reward"]
@@ -259,7 +258,7 @@ def test_a_weight_or_multiplier_of_0_only_logs():
     models = SEVERAL | {"reward_weight": 1.0, "rewards": [{"name": "brevity", "source": "b", "weight": 0.0}]}
     items = judged_by_several()
     several = experience(configuration(model=models), items, scale=2.0, further=SCALES)
-    alone = experience(configuration(), [replace(item, components={}) for item in items], scale=2.0)
+    alone = experience(configuration(), [replace(item, by_model={MAIN: item.main}) for item in items], scale=2.0)
     assert torch.equal(several.rewards, alone.rewards)
 
 
@@ -277,7 +276,7 @@ def test_a_missing_eos_is_fined_once():
 
 def test_every_model_must_add_up():
     items, config = judged_by_several(), configuration(model=SEVERAL)
-    items[3].components["cost"].token_rewards[-1] += 0.01
+    items[3].by_model["cost"].token_rewards[-1] += 0.01
     with pytest.raises(TelescopingError, match=r"prompt 1 \(cost\) by "):
         require_telescoping(collate(items, pad_id=0), config)
 
@@ -352,7 +351,7 @@ def test_the_price_of_cost_follows_its_limit_and_a_checkpoint_keeps_it(tiny_mode
     ppo = learner(tiny_models, **sections)
     metrics = ppo.update(items, minibatch_of=PLANS)
     for name, place in (("brevity", "reward/brevity/score"), ("cost", "cost/score")):
-        scores = np.array([item.components[name].score for item in items])
+        scores = np.array([item.by_model[name].score for item in items])
         assert metrics[f"{place}/mean"] == pytest.approx(scores.mean(), rel=1e-5)
         assert metrics[f"{place}/std"] == pytest.approx(scores.std(), rel=1e-5)
     violation = metrics["cost/score/mean"] - 1.0
@@ -393,7 +392,7 @@ def test_a_capsule_holds_what_every_model_said(tiny_models, tmp_path):
     with pytest.raises(DivergenceError):
         ppo.update(items, minibatch_of=PLANS)
     (file,) = (tmp_path / "step_000000").glob("batch_*.safetensors")
-    assert {"given.components.cost.token_rewards", "given.components.brevity.score"} <= load_file(file).keys()
+    assert {"given.by_model.cost.token_rewards", "given.by_model.brevity.score"} <= load_file(file).keys()
     content = json.loads((tmp_path / "step_000000" / "capsule.json").read_text())
     assert content["multiplier"] == 1.0 and content["scales"]["cost"] == {"mean": -2.0, "scale": 0.5}
     assert "batch_rank_00000: given.ref_logprobs" in replay_capsule(tmp_path / "step_000000").non_finite
@@ -408,25 +407,25 @@ def test_a_weighted_reward_model_is_a_critic_in_the_same_units(tiny_models):
         begun = ppo.critic.scale.item()
         ppo.set_scale(RewardScale(0.2, 1.5))
         assert ppo.critic.scale.item() == begun == pytest.approx(1.5 / weight)
-        sparse = [replace(item, token_rewards=sparse_rewards(item)) for item in ALL]
+        sparse = [changed(item, token_rewards=sparse_rewards(item)) for item in ALL]
         values[weight] = ppo.update(sparse, minibatch_of=PLANS)["critic/values/mean"]
     assert values[0.5] == pytest.approx(values[1.0] / 2, rel=1e-5) != 0.0
 
 
 def sparse_rewards(item: ScoredTrajectory) -> np.ndarray:
-    rewards = np.zeros_like(item.token_rewards)
-    rewards[-1] = item.score
+    rewards = np.zeros_like(item.main.token_rewards)
+    rewards[-1] = item.main.score
     return rewards
 
 
 def test_guard_rails_are_those_of_the_data(tiny_models):
     ppo = learner(tiny_models)
     metrics = ppo.update(ALL, minibatch_of=PLANS)
-    raw = [item.token_rewards[item.trajectory.prompt_len :] for item in ALL]
+    raw = [item.main.token_rewards[item.trajectory.prompt_len :] for item in ALL]
     size = sum(np.abs(rewards).sum() for rewards in raw)
     ended = sum(abs(rewards[-1]) for rewards in raw[:5])
     assert metrics["r3hf/sum/mean"] == pytest.approx(np.mean([rewards.sum() for rewards in raw]) / 1.5, rel=1e-4)
-    spread = np.std([item.score for item in ALL])
+    spread = np.std([item.main.score for item in ALL])
     assert metrics["r3hf/sum_abs_over_std"] == pytest.approx(size / 6 / spread, rel=1e-4)
     assert metrics["r3hf/first_token_mass"] == pytest.approx(sum(abs(rewards[0]) for rewards in raw) / size, rel=1e-4)
     assert metrics["r3hf/eos_token_mass"] == pytest.approx(ended / size, rel=1e-4)
@@ -443,7 +442,7 @@ def test_guard_rails_are_those_of_the_data(tiny_models):
 def test_a_tokenizer_that_does_not_meet_matters_where_prefixes_are_read(tiny_models):
     """The score of the whole response is the same however it is cut, so a sparse reward loses nothing."""
     items = [replace(item, alignment_loss=0.25 * (i % 2)) for i, item in enumerate(ALL)]
-    sparse = [replace(item, token_rewards=sparse_rewards(item)) for item in items]
+    sparse = [changed(item, token_rewards=sparse_rewards(item)) for item in items]
     dense = learner(tiny_models).update(items, minibatch_of=PLANS)
     terminal = learner(tiny_models, reward={"mode": "terminal"}).update(sparse, minibatch_of=PLANS)
     assert dense["r3hf/alignment_loss"] == 0.125

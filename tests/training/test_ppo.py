@@ -12,7 +12,7 @@ from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import DivergenceError, TelescopingError
 from r3hf_ray.models.sharding import full_parameters, make_mesh
 from r3hf_ray.training.ppo import PPOLearner, RewardScale, replay_capsule
-from r3hf_ray.types import Finish, ScoredTrajectory, Trajectory
+from r3hf_ray.types import MAIN, Finish, ModelScores, ScoredTrajectory, Trajectory
 
 SHAPES = [(3, 8), (2, 5), (6, 1), (1, 9), (4, 4), (3, 3), (5, 7), (2, 2)]
 """Prompt and response lengths."""
@@ -43,14 +43,8 @@ def scored(index, seed=0):
         token_ids=ids,
         behavior_logprobs=per_token(-3.7, 0.3),
     )
-    return ScoredTrajectory(
-        trajectory=trajectory,
-        token_rewards=rewards,
-        prefix_scores=prefix,
-        ref_logprobs=per_token(-3.7, 0.3),
-        score=float(prefix[-1]),
-        prompt_score=prompt_score,
-    )
+    main = ModelScores(token_rewards=rewards, prefix_scores=prefix, score=float(prefix[-1]), prompt_score=prompt_score)
+    return ScoredTrajectory(trajectory=trajectory, ref_logprobs=per_token(-3.7, 0.3), by_model={MAIN: main})
 
 
 def batch(rank=0, world=1, seed=0):
@@ -153,7 +147,7 @@ def test_one_step_equals_plain_transformers_and_torch(tiny_models):
         ids = torch.from_numpy(t.token_ids).long()
         every = F.log_softmax(model(ids[None]).logits[0, :-1] / 0.9, dim=-1).gather(1, ids[1:, None])[:, 0]
         chosen = every[t.prompt_len - 1 :]
-        rewards = torch.from_numpy(item.token_rewards[t.prompt_len :]) / 1.5
+        rewards = torch.from_numpy(item.main.token_rewards[t.prompt_len :]) / 1.5
         if t.finish is Finish.LENGTH:
             rewards[-1] -= 1.0
         kl = chosen.detach() - torch.from_numpy(item.ref_logprobs[t.prompt_len :])
@@ -196,11 +190,11 @@ def test_first_step_ratio_is_one_and_nothing_is_clipped(tiny_models):
 def test_metrics_are_those_of_the_data(tiny_models):
     items = batch()[0]
     metrics = update(learner(tiny_models, ppo={"importance_cap": 1.1}))
-    scores = np.array([item.score for item in items])
+    scores = np.array([item.main.score for item in items])
     assert metrics["reward/score/mean"] == pytest.approx(scores.mean(), rel=1e-5)
     assert metrics["reward/score/std"] == pytest.approx(scores.std(), rel=1e-5)
     assert (metrics["reward/score/min"], metrics["reward/score/max"]) == pytest.approx((scores.min(), scores.max()))
-    per_token = [item.token_rewards[item.trajectory.prompt_len :] / 1.5 for item in items]
+    per_token = [item.main.token_rewards[item.trajectory.prompt_len :] / 1.5 for item in items]
     rewards = np.concatenate(per_token)
     assert metrics["r3hf/token_reward/mean"] == pytest.approx(rewards.mean(), rel=1e-4)
     assert metrics["r3hf/token_reward/std"] == pytest.approx(rewards.std(), rel=1e-5)
@@ -210,7 +204,9 @@ def test_metrics_are_those_of_the_data(tiny_models):
     position = np.concatenate([np.arange(len(x)) for x in per_token])
     assert metrics["r3hf/position_corr"] == pytest.approx(np.corrcoef(position, rewards)[0, 1], rel=1e-4)
     assert metrics["r3hf/telescoping_error/max"] < 1e-6
-    assert metrics["r3hf/empty_prefix_score/mean"] == pytest.approx(np.mean([i.prompt_score for i in items]), rel=1e-5)
+    assert metrics["r3hf/empty_prefix_score/mean"] == pytest.approx(
+        np.mean([i.main.prompt_score for i in items]), rel=1e-5
+    )
     assert metrics["rollout/response_length/mean"] == pytest.approx(np.mean([r for _, r in SHAPES]))
     assert metrics["rollout/response_length/max"] == 9
     assert metrics["rollout/prompt_length/mean"] == pytest.approx(np.mean([p for p, _ in SHAPES]))
@@ -248,9 +244,9 @@ def test_samples_are_rows_a_response_token(tiny_models):
     assert first["token_id"] == item.trajectory.token_ids[3]
     assert first["token"] == f"w{first['token_id'] - 4}"
     assert len(first["prompt"].split()) == 3
-    assert first["reward"] == pytest.approx(item.token_rewards[3] / 1.5)
+    assert first["reward"] == pytest.approx(item.main.token_rewards[3] / 1.5)
     assert first["kl"] == pytest.approx(first["logprob"] - item.ref_logprobs[3])
-    assert rows[7]["prefix_score"] == pytest.approx(item.score) and rows[0]["gold"] is None
+    assert rows[7]["prefix_score"] == pytest.approx(item.main.score) and rows[0]["gold"] is None
     json.dumps(rows)
 
 
@@ -296,14 +292,14 @@ def test_probe_is_transformers_logprobs(tiny_models):
 def test_rewards_that_do_not_add_up_stop_every_rank(tiny_models, run_ranks):
     for wrong in (0.01, np.nan):
         items, minibatch_of = batch()
-        items[2].token_rewards[-1] += wrong
+        items[2].main.token_rewards[-1] += wrong
         with pytest.raises(TelescopingError, match="prompt 12"):
             learner(tiny_models).update(items, minibatch_of=minibatch_of)
 
     def on_a_rank(rank):
         ppo = learner(tiny_models, make_mesh(2, "cpu"))
         items, minibatch_of = batch(rank, 2)
-        items[0].token_rewards[-1] += 0.01 * rank
+        items[0].main.token_rewards[-1] += 0.01 * rank
         try:
             ppo.update(items, minibatch_of=minibatch_of)
         except TelescopingError as error:
@@ -339,12 +335,13 @@ def test_a_replay_gives_the_losses_that_the_learner_saw(tiny_models, tmp_path):
     ppo = learner(tiny_models, capsules=tmp_path, ppo={"kl_coef": 0.0, "microbatch_tokens": 25})
     items, minibatch_of = batch()
     # A reward so large that its square overflows, while the whitened advantages stay finite.
-    items[0] = dataclasses.replace(
-        items[0],
+    main = dataclasses.replace(
+        items[0].main,
         score=1e25,
-        token_rewards=np.array([0, 0, 0, 1e25 - items[0].prompt_score, *[0] * 7], dtype=np.float32),
+        token_rewards=np.array([0, 0, 0, 1e25 - items[0].main.prompt_score, *[0] * 7], dtype=np.float32),
         prefix_scores=np.array([0, 0, 0, *[1e25] * 8], dtype=np.float32),
     )
+    items[0] = dataclasses.replace(items[0], by_model={MAIN: main})
     with pytest.raises(DivergenceError, match="critic/loss inf"):
         ppo.update(items, minibatch_of=minibatch_of)
     content = json.loads((tmp_path / "step_000000" / "capsule.json").read_text())

@@ -8,7 +8,7 @@ from r3hf_ray.algorithms.batching import collate
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.training.experience import Evaluation, Experience
 from r3hf_ray.training.ppo_metrics import token_rows
-from r3hf_ray.types import Finish, ScoredTrajectory, Trajectory
+from r3hf_ray.types import MAIN, Finish, ModelScores, ScoredTrajectory, Trajectory
 
 WORDS = ["<pad>", "<bos>", "cats", "sleep", "<eos>"]
 
@@ -30,16 +30,17 @@ def given():
                 token_ids=np.array(ids, dtype=np.int32),
                 behavior_logprobs=zeros,
             ),
-            token_rewards=zeros,
-            prefix_scores=zeros,
             ref_logprobs=zeros,
-            score=float(score),
-            prompt_score=0.25 * score,
+            by_model={
+                MAIN: ModelScores(
+                    token_rewards=zeros, prefix_scores=zeros, score=float(score), prompt_score=0.25 * score
+                )
+            },
         )
 
     items = [scored([1, 2, 3, 4], 2, 2), scored([1, 2, 4], 2, 5)]
     batch = collate(items, pad_id=0)
-    zeros = torch.zeros_like(batch.token_rewards)
+    zeros = torch.zeros_like(batch.ref_logprobs)
     experience = Experience(
         batch=batch,
         seen=Evaluation(logprobs=zeros, entropy=zeros, values=zeros),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from r3hf_ray.actors.actor_settings import engine_settings, scoring_settings
+from r3hf_ray.actor_settings import engine_settings, scoring_settings
 from r3hf_ray.actors.rollout import EngineSettings, RolloutActor
 from r3hf_ray.actors.shares import calibration_of, evaluation_metrics
 from r3hf_ray.config import PPOConfig
@@ -112,7 +112,7 @@ class _Run:
             )
         )
         if config.reward.beta_c != self._config.reward.beta_c:
-            scored = [replace(item, token_rewards=remixed(item, config.reward.beta_c)) for item in scored]
+            scored = [remixed(item, config.reward.beta_c) for item in scored]
         lengths, ppo = [len(item.trajectory.token_ids) for item in scored], config.ppo
         plans = [
             minibatch_of(lengths, minibatches=ppo.minibatches, seed=config.run.seed, step=step, epoch=epoch)

@@ -1,12 +1,12 @@
 """Settings that change over a run, for candidates that are being screened; the system itself has none."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import ConfigError
-from r3hf_ray.types import ScoredTrajectory
+from r3hf_ray.types import MAIN, ScoredTrajectory
 
 SCHEDULED = ("reward.beta_c", "ppo.gae_lambda", "ppo.kl_coef")
 """Fields that may change from step to step without anything being made again."""
@@ -76,8 +76,9 @@ def at_step(config: PPOConfig, schedules: tuple[Schedule, ...], step: int) -> PP
     return config
 
 
-def remixed(scored: ScoredTrajectory, beta_c: float) -> np.ndarray:
-    """Token rewards of R3HF, scored with beta_c = 1, at another ``beta_c`` (arXiv 2411.08302, Eq. 7)."""
-    rewards = beta_c * scored.token_rewards
-    rewards[-1] += (1.0 - beta_c) * scored.score
-    return rewards.astype(np.float32)
+def remixed(scored: ScoredTrajectory, beta_c: float) -> ScoredTrajectory:
+    """What R3HF, scored with beta_c = 1, pays at another ``beta_c`` (arXiv 2411.08302, Eq. 7), by the main model."""
+    rewards = beta_c * scored.main.token_rewards
+    rewards[-1] += (1.0 - beta_c) * scored.main.score
+    main = replace(scored.main, token_rewards=rewards.astype(np.float32))
+    return replace(scored, by_model=scored.by_model | {MAIN: main})

@@ -9,7 +9,7 @@ from r3hf_ray.config import PPOConfig, load
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.instruments.compare.schedules import Schedule, at_step, check_schedules, parse_schedule, remixed
 from r3hf_ray.instruments.compare.settings import CompareConfig
-from r3hf_ray.types import Finish, ScoredTrajectory, Trajectory
+from r3hf_ray.types import MAIN, Finish, ModelScores, ScoredTrajectory, Trajectory
 
 JOB = """
 [run]
@@ -97,14 +97,13 @@ def test_rewards_mix_with_the_terminal_one() -> None:
         token_ids=np.array([5, 6, 7, 2], np.int32),
         behavior_logprobs=zeros,
     )
-    scored = ScoredTrajectory(
-        trajectory=trajectory,
+    main = ModelScores(
         token_rewards=np.array([0, 0, 0.4, 1.1], np.float32),
         prefix_scores=np.array([0, 0, 0.9, 2.0], np.float32),
-        ref_logprobs=zeros,
         score=2.0,
         prompt_score=0.5,
     )
-    assert remixed(scored, 0.5) == pytest.approx([0, 0, 0.2, 0.55 + 1.0])
-    assert remixed(scored, 0.0) == pytest.approx([0, 0, 0, 2.0])
-    assert scored.token_rewards == pytest.approx([0, 0, 0.4, 1.1]), "the trajectory itself is left alone"
+    scored = ScoredTrajectory(trajectory=trajectory, ref_logprobs=zeros, by_model={MAIN: main})
+    assert remixed(scored, 0.5).main.token_rewards == pytest.approx([0, 0, 0.2, 0.55 + 1.0])
+    assert remixed(scored, 0.0).main.token_rewards == pytest.approx([0, 0, 0, 2.0])
+    assert scored.main.token_rewards == pytest.approx([0, 0, 0.4, 1.1]), "the trajectory itself is left alone"

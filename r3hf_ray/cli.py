@@ -175,7 +175,7 @@ JOBS: dict[str, Callable[..., int]] = {"sft": _sft, "reward": _reward, "ppo": _p
 
 
 def _quickstart(options: argparse.Namespace, console: Console) -> int:
-    from r3hf_ray.instruments.toy.quickstart import quickstart
+    from r3hf_ray.instruments.quickstart import quickstart
 
     return quickstart(options.folder, seed=options.seed, short=options.short, console=console)
 
@@ -247,7 +247,7 @@ def _credit(options: argparse.Namespace, console: Console) -> int:
 
 
 def _compare(options: argparse.Namespace, console: Console) -> int:
-    from r3hf_ray.instruments.compare.run import compare
+    from r3hf_ray.instruments.compare.comparison import compare
     from r3hf_ray.instruments.compare.settings import CompareConfig
 
     config = load(CompareConfig, options.job, options.fields)

@@ -153,10 +153,11 @@ def toy_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaForSequenceClassification
 
+    from r3hf_ray.instruments.toy.settings import ToySection
     from r3hf_ray.instruments.toy.world import make_world
 
     folder = tmp_path_factory.mktemp("toy_world")
-    make_world(folder, sft_rows=1, train_prompts=1, heldout_prompts=1)
+    make_world(folder, ToySection(sft_rows=1, train_prompts=1, heldout_prompts=1))
     torch.manual_seed(0)
     model = LlamaForSequenceClassification.from_pretrained(folder / "base", num_labels=1)
     model.save_pretrained(folder / "reward")

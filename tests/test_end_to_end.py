@@ -37,8 +37,9 @@ from transformers import (
 
 from r3hf_ray.cli import main
 from r3hf_ray.config import PPOConfig, load
-from r3hf_ray.instruments.compare.records import PlannedRun
-from r3hf_ray.instruments.compare.screen import screened
+from r3hf_ray.instruments.compare.arm_runs import PlannedRun
+from r3hf_ray.instruments.compare.screening import screened
+from r3hf_ray.instruments.toy.settings import ToySection
 from r3hf_ray.instruments.toy.world import make_world
 from r3hf_ray.records.jsonl import read_jsonl
 from r3hf_ray.records.metrics import read_metrics
@@ -96,7 +97,7 @@ def make_reward_model(folder: Path, *, head: float | None = None) -> None:
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """job.toml of a tiny run: 8 prompts a step, 12 response tokens, 2 ranks, 1 rollout and 2 reward actors."""
     folder = tmp_path_factory.mktemp("world")
-    make_world(folder, sft_rows=1, train_prompts=24, heldout_prompts=8)
+    make_world(folder, ToySection(sft_rows=1, train_prompts=24, heldout_prompts=8))
     make_reward_model(folder / "reward")
     (folder / "job.toml").write_text(
         f"""

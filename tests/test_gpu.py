@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from r3hf_ray.cli import main
+from r3hf_ray.instruments.toy.settings import ToySection
 from r3hf_ray.instruments.toy.world import make_world
 from r3hf_ray.records.metrics import read_metrics
 
@@ -52,7 +53,7 @@ wandb = "disabled"
 def run_on_gpu(folder: Path, *, backend: str, sampler_gpus: float, learner_gpus: float) -> list[dict[str, float]]:
     from transformers import AutoConfig, AutoTokenizer, LlamaForSequenceClassification
 
-    make_world(folder / "world", sft_rows=8, train_prompts=64, heldout_prompts=16)
+    make_world(folder / "world", ToySection(sft_rows=8, train_prompts=64, heldout_prompts=16))
     config = AutoConfig.from_pretrained(folder / "world/base")
     config.num_labels = 1
     LlamaForSequenceClassification(config).save_pretrained(folder / "rm")

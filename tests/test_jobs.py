@@ -9,7 +9,7 @@ import pytest
 from r3hf_ray.config import Command, PPOConfig, RewardConfig, SFTConfig, load
 from r3hf_ray.data.records import parse
 from r3hf_ray.data.sources import LOCAL_SUFFIXES
-from r3hf_ray.instruments.compare.run import plan_runs
+from r3hf_ray.instruments.compare.comparison import plan_runs
 from r3hf_ray.instruments.compare.settings import CompareConfig
 
 ROOT = Path(__file__).parents[1]

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.instruments.compare.records import PlannedRun
+from r3hf_ray.instruments.compare.arm_runs import PlannedRun
 
 CRITICS = {
     "sft": "cold critic",

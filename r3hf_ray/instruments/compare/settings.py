@@ -3,12 +3,25 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from r3hf_ray.config import Command
 from r3hf_ray.instruments.compare.schedules import parse_schedule
+from r3hf_ray.instruments.toy.settings import Overrides, ToySection
 from r3hf_ray.sections.fields import NonNegative, Positive, PositiveFloat, RunName, Section
 from r3hf_ray.sections.runs import RunSection
+
+
+def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+    if twice:
+        raise ValueError(
+            f"each seed once: {', '.join(map(str, twice))} is there again, and would be one run counted twice"
+        )
+    return seeds
+
+
+Seeds = Annotated[tuple[NonNegative, ...], AfterValidator(_different)]
 
 
 class CompareSection(Section):
@@ -16,9 +29,9 @@ class CompareSection(Section):
 
     job: Path
     """The job of `r3hf ppo` that every arm is a variant of."""
-    overrides: tuple[str, ...] = ()
+    overrides: Overrides = ()
     """Fields of that job set for every arm, as on the command line: `["--ppo.steps", "60"]`."""
-    seeds: Annotated[tuple[NonNegative, ...], Field(min_length=1)]
+    seeds: Annotated[Seeds, Field(min_length=1)]
     """Seeds of an arm that names none of its own."""
     baseline: str
     """The arm that samples are counted against, seed by seed."""
@@ -34,65 +47,10 @@ class CompareSection(Section):
     equal_kl: PositiveFloat = 6.5
     """Gold reward is also told for the steps whose KL is within 20% of this. [nats a response]"""
 
-    @field_validator("seeds")
-    @classmethod
-    def _each_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        return _different(seeds)
-
     @property
     def measured(self) -> str:
         """What the arms are compared by, in words."""
         return "gold" if self.judge is None else f"score of {self.judge}"
-
-
-class FurtherRewardModel(Section):
-    """A reward model besides the one that pays, trained on the same preferences in another way."""
-
-    name: RunName
-    """Of its folder: arms call the model `{folder}/<name>/model`."""
-    overrides: tuple[str, ...] = ()
-    """Fields of `toy.reward_job` in which it differs: `["--reward_training.head", "running_sum"]`."""
-    seed: NonNegative = 0
-    """Of its training."""
-
-    @field_validator("overrides")
-    @classmethod
-    def _not_the_run(cls, overrides: tuple[str, ...]) -> tuple[str, ...]:
-        return _without_run(overrides)
-
-
-class ToySection(Section):
-    """Make the toy world, the initial policy and the reward model once, for all arms."""
-
-    seed: NonNegative = 0
-    """Of the world and both models; the seeds of the arms vary PPO only."""
-    sft_job: Path = Path("jobs/toy_sft.toml")
-    """The job of `r3hf sft`."""
-    reward_job: Path = Path("jobs/toy_reward.toml")
-    """The job of `r3hf reward`."""
-    max_response_tokens: Literal[24, 48, 96] = 48
-    """Longest response; it decides how many facts a topic has. [tokens]"""
-    sft_rows: Positive = 20_000
-    """Answers of the noisy author to imitate. [rows]"""
-    train_prompts: Positive = 1920
-    """Prompts to train on. [prompts]"""
-    heldout_prompts: Positive = 512
-    """Prompts of the evaluations. [prompts]"""
-    groups: Positive = 2_000
-    """Prompts with 8 ranked responses. [groups]"""
-    heldout_pairs: Positive = 1_000
-    """Pairs on which the reward model is measured. [pairs]"""
-    reward_models: tuple[FurtherRewardModel, ...] = ()
-    """Further ones, for arms that read several."""
-
-    @field_validator("reward_models")
-    @classmethod
-    def _own_folders(cls, models: tuple[FurtherRewardModel, ...]) -> tuple[FurtherRewardModel, ...]:
-        names = [model.name for model in models]
-        taken = sorted({name for name in names if name in ("world", "sft", "reward") or names.count(name) > 1})
-        if taken:
-            raise ValueError(f"each needs a folder of its own, not world, sft or reward; change {', '.join(taken)}")
-        return models
 
 
 class Arm(Section):
@@ -100,25 +58,15 @@ class Arm(Section):
 
     name: RunName
     """Its runs are called `<name>-s<seed>`."""
-    overrides: tuple[str, ...] = ()
+    overrides: Overrides = ()
     """Fields of the job in which it differs: `["--reward.mode", "terminal"]`. In them `{folder}` is the comparison's
     own, where its models are."""
     schedules: tuple[str, ...] = ()
     """Screening only: fields that move evenly over the run, `["reward.beta_c=1:0"]`."""
-    seeds: tuple[NonNegative, ...] = ()
+    seeds: Seeds = ()
     """Its own seeds; those of the comparison when left out."""
     group: str = "arms"
     """Arms of a group share a chart; the baseline is in all of them."""
-
-    @field_validator("overrides")
-    @classmethod
-    def _not_the_run(cls, overrides: tuple[str, ...]) -> tuple[str, ...]:
-        return _without_run(overrides)
-
-    @field_validator("seeds")
-    @classmethod
-    def _each_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        return _different(seeds)
 
 
 class Expectation(Section):
@@ -160,7 +108,6 @@ class CompareConfig(Command):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> "CompareConfig":
-        _without_run(self.compare.overrides)
         names = [arm.name for arm in self.arms]
         twice = sorted({name for name in names if names.count(name) > 1})
         used = [self.compare.baseline, *(name for bar in self.bars for name in (bar.arm, bar.against))]
@@ -170,18 +117,3 @@ class CompareConfig(Command):
         if unknown:
             raise ValueError(f"no arm is called {', '.join(unknown)}; there are {', '.join(names)}")
         return self
-
-
-def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
-    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
-    if twice:
-        raise ValueError(
-            f"each seed once: {', '.join(map(str, twice))} is there again, and would be one run counted twice"
-        )
-    return seeds
-
-
-def _without_run(overrides: tuple[str, ...]) -> tuple[str, ...]:
-    if any(word.startswith("--run.") for word in overrides):
-        raise ValueError("overrides cannot set run.*: name, folder and seed of a run come from the comparison")
-    return overrides

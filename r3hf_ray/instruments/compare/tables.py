@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from r3hf_ray.instruments.compare.bars import ArmResult, Bar
-from r3hf_ray.instruments.compare.records import Record
+from r3hf_ray.instruments.compare.arm_runs import MeasuredRun
+from r3hf_ray.instruments.compare.expectations import ArmResult, JudgedExpectation
 from r3hf_ray.instruments.compare.settings import CompareConfig
 from r3hf_ray.instruments.compare.statistics import mean_and_spread, mean_ratio, paired_difference
 from r3hf_ray.instruments.pages.page import Row, Table
@@ -40,7 +40,7 @@ def arm_table(config: CompareConfig, results: Sequence[ArmResult]) -> Table:
     )
 
 
-PAIRED: dict[str, Callable[[Record], float]] = {
+PAIRED: dict[str, Callable[[MeasuredRun], float]] = {
     "at the end": lambda run: run.final_gold,
     "whole run": lambda run: run.mean_gold,
     "at equal KL": lambda run: run.gold_at_kl,
@@ -84,7 +84,12 @@ SCREENED = ", screened: each run in one process, with the system's engine, score
 
 
 def markdown(
-    config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[Bar], lacking: str, *, written: str
+    config: CompareConfig,
+    results: Sequence[ArmResult],
+    bars: Sequence[JudgedExpectation],
+    lacking: str,
+    *,
+    written: str,
 ) -> str:
     """The tables and expectations as a Markdown page."""
     tables = [arm_table(config, results), paired_table(config, results), run_table(config, results)]
@@ -102,7 +107,7 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def numbers(config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[Bar]) -> dict[str, Any]:
+def numbers(config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[JudgedExpectation]) -> dict[str, Any]:
     """Everything as plain data: settings, arms with their runs and curves, expectations."""
     return {
         "settings": config.model_dump(mode="json"),
@@ -115,7 +120,7 @@ def numbers(config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[
     }
 
 
-def summary(config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[Bar]) -> str:
+def summary(config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[JudgedExpectation]) -> str:
     """One sentence: how far the comparison is and how many expectations are met."""
     runs = [run for result in results for run in result.runs]
     count = {status: sum(run.status == status for run in runs) for status in ("finished", "failed")}
@@ -162,7 +167,7 @@ def _of(known: int, all_of_them: int) -> str:
     return "" if known == all_of_them else f" ({known} of {all_of_them})"
 
 
-def _difference(arm: ArmResult, baseline: ArmResult, value: Callable[[Record], float]) -> str:
+def _difference(arm: ArmResult, baseline: ArmResult, value: Callable[[MeasuredRun], float]) -> str:
     own, other = ({run.seed: value(run) for run in result.finished} for result in (arm, baseline))
     return str(paired_difference(own, other) or NOTHING)
 
@@ -177,7 +182,7 @@ def _ratio(result: ArmResult) -> str:
     return bounds + _number(mean) + _of(len(result.ratios), result.pairs)
 
 
-def _run_cells(result: ArmResult, run: Record) -> list[str]:
+def _run_cells(result: ArmResult, run: MeasuredRun) -> list[str]:
     ratio = next((str(ratio) for ratio in result.ratios if ratio.seed == run.seed), NOTHING)
     error = f" ± {run.final_sem:.2f}" if math.isfinite(run.final_sem) else ""
     return [

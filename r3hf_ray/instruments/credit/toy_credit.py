@@ -23,7 +23,7 @@ from r3hf_ray.errors import ModelError
 from r3hf_ray.instruments.audit.answers import Answer, Credit, Judge, Scored, standardised, unpadded
 from r3hf_ray.instruments.pages.intervals import Mean, mean_interval
 from r3hf_ray.instruments.toy.author import noisy_response
-from r3hf_ray.instruments.toy.language import VOCABULARY, Request, gold_credit, make_request, phrase_ids
+from r3hf_ray.instruments.toy.language import VOCABULARY, ToyRequest, gold_credit, make_request, phrase_ids
 from r3hf_ray.instruments.toy.sampling import render_prompt, sample_responses
 from r3hf_ray.models.load import load_policy, load_tokenizer
 
@@ -40,7 +40,7 @@ ENOUGH_RESPONSES = 200
 class ToyResponse:
     """A response whose every token has a known credit."""
 
-    request: Request
+    request: ToyRequest
     answer: Answer
     gold: Float64[np.ndarray, "T"]
     phrases: Integer[np.ndarray, "T"]

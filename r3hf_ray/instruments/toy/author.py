@@ -17,7 +17,7 @@ from r3hf_ray.instruments.toy.language import (
     THANKS,
     TOPICS,
     WEAPONS,
-    Request,
+    ToyRequest,
     facts_in_reach,
 )
 
@@ -25,7 +25,7 @@ from r3hf_ray.instruments.toy.language import (
 class _Author:
     """A mediocre author: `quality` tilts on or off topic and how often it remembers what it already said."""
 
-    def __init__(self, request: Request, facts: int, rng: random.Random) -> None:
+    def __init__(self, request: ToyRequest, facts: int, rng: random.Random) -> None:
         self.request, self.facts, self.rng = request, facts, rng
         self.quality = rng.random()
         self.facts_said: set[int] = set()
@@ -73,7 +73,7 @@ class _Author:
         return self.rng.random() < (0.2 + 0.5 * self.quality if self.request.polite else 0.4)
 
 
-def noisy_response(request: Request, max_response_tokens: int, rng: random.Random) -> str:
+def noisy_response(request: ToyRequest, max_response_tokens: int, rng: random.Random) -> str:
     """Write a mediocre response; one that reaches the token limit is cut there and has no ``<eos>``."""
     author = _Author(request, facts_in_reach(max_response_tokens), rng)
     length = int(max_response_tokens * rng.uniform(0.35, 1.15))

@@ -82,10 +82,10 @@ _NEXT: Final = {
 
 
 @dataclass(frozen=True)
-class Request:
+class ToyRequest:
     """What a prompt asks for.
 
-    Example: ``Request(topic=0, avoid=0, polite=True)`` is ``gardening no-slang politely``.
+    Example: ``ToyRequest(topic=0, avoid=0, polite=True)`` is ``gardening no-slang politely``.
     """
 
     topic: int
@@ -100,13 +100,13 @@ class Request:
         return f"{REQUESTS[self.topic]} {AVOID[self.avoid]} {POLITE if self.polite else CASUAL}"
 
 
-def make_request(rng: random.Random) -> Request:
+def make_request(rng: random.Random) -> ToyRequest:
     """Draw one of the 24 requests, all equally likely."""
     topic, avoid = rng.randrange(len(REQUESTS)), rng.randrange(len(AVOID))
-    return Request(topic, avoid, rng.choice((True, False)))
+    return ToyRequest(topic, avoid, rng.choice((True, False)))
 
 
-def read_request(prompt: str) -> Request:
+def read_request(prompt: str) -> ToyRequest:
     """Parse a prompt, with or without the chat template's ``<bos>`` and ``:``.
 
     Raises:
@@ -115,7 +115,7 @@ def read_request(prompt: str) -> Request:
     words = [word for word in prompt.split() if word not in (BOS, SEPARATOR)]
     match words:
         case [topic, avoid, tone] if topic in REQUESTS and avoid in AVOID and tone in (POLITE, CASUAL):
-            return Request(REQUESTS.index(topic), AVOID.index(avoid), tone == POLITE)
+            return ToyRequest(REQUESTS.index(topic), AVOID.index(avoid), tone == POLITE)
     raise ValueError(f"not a toy prompt: {prompt!r}; expected words like 'gardening no-slang politely'")
 
 
@@ -127,7 +127,7 @@ def facts_in_reach(max_response_tokens: int) -> int:
 class _Judge:
     """Reads a response word by word; knows what was said, what is open and what should come next."""
 
-    def __init__(self, request: Request, facts: int) -> None:
+    def __init__(self, request: ToyRequest, facts: int) -> None:
         self.request = request
         self.true_facts = frozenset(FACTS[:facts])
         self.expected = "phrase"

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r3hf_ray.algorithms.credit import auc, pearson, phrase_sums
 from r3hf_ray.algorithms.redistribution import redistribute
-from r3hf_ray.instruments.toy.language import Request, gold_credit, phrase_ids
-from r3hf_ray.instruments.toy.sampling import Sample, sample_responses
+from r3hf_ray.instruments.toy.language import ToyRequest, gold_credit, phrase_ids
+from r3hf_ray.instruments.toy.sampling import ToySample, sample_responses
 from r3hf_ray.models.load import load_policy, load_reward_model, load_tokenizer
 from r3hf_ray.scoring.prefix_scores import prefix_scores
 
@@ -35,7 +35,7 @@ class CreditQuality:
 def reward_model_credit(
     reward_model_folder: Path,
     policy_folder: Path,
-    requests: Sequence[Request],
+    requests: Sequence[ToyRequest],
     *,
     mode: str = "r3hf",
     max_response_tokens: int = 48,
@@ -54,7 +54,7 @@ def reward_model_credit(
 def token_rewards(
     reward_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    samples: Sequence[Sample],
+    samples: Sequence[ToySample],
     *,
     mode: str = "r3hf",
     batch_size: int = 256,
@@ -79,7 +79,7 @@ def token_rewards(
 
 def credit_quality(
     rewards: Sequence[np.ndarray],
-    samples: Sequence[Sample],
+    samples: Sequence[ToySample],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_response_tokens: int = 48,

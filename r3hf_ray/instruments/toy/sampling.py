@@ -1,4 +1,4 @@
-"""Samples of a toy policy for data and measurements: a batched loop with a key-value cache (PPO samples with vLLM)."""
+"""Samples of a toy policy for data and measurements, by transformers' `generate` (PPO samples with vLLM)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,65 +6,51 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from r3hf_ray.instruments.toy.language import Request
+from r3hf_ray.instruments.toy.language import ToyRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class ToySample:
     """One response of a policy.
 
-    Example: ``Sample(request=Request(0, 0, True), prompt_ids=[1, 4, 12, 15, 3], response_ids=[8, 17, 47, 2])``
+    Example: ``ToySample(request=ToyRequest(0, 0, True), prompt_ids=[1, 4, 12, 15, 3], response_ids=[8, 17, 47, 2])``
     """
 
-    request: Request
+    request: ToyRequest
     prompt_ids: list[int]
     response_ids: list[int]
     """EOS included; without it the response was cut at the limit."""
 
 
-@torch.inference_mode()
 def sample_responses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Request],
+    requests: Sequence[ToyRequest],
     *,
     max_response_tokens: int,
     seed: int,
     batch_size: int = 512,
-) -> list[Sample]:
+) -> list[ToySample]:
     """One response at temperature 1 to each request, in order. Every toy prompt has 5 tokens, so nothing is padded."""
     model.eval()
-    generator = torch.Generator().manual_seed(seed)
-    samples: list[Sample] = []
-    for first in range(0, len(requests), batch_size):
-        batch = requests[first : first + batch_size]
-        prompts = [render_prompt(tokenizer, request) for request in batch]
-        responses = _continue(model, torch.tensor(prompts), tokenizer.eos_token_id, max_response_tokens, generator)
-        samples += [
-            Sample(request=request, prompt_ids=prompt, response_ids=response)
-            for request, prompt, response in zip(batch, prompts, responses, strict=True)
-        ]
+    eos = tokenizer.eos_token_id
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_response_tokens}
+    samples: list[ToySample] = []
+    with torch.random.fork_rng(devices=[]):  # generate draws from the global state, which is the caller's
+        torch.manual_seed(seed)
+        for first in range(0, len(requests), batch_size):
+            batch = requests[first : first + batch_size]
+            prompts = torch.tensor([render_prompt(tokenizer, request) for request in batch])
+            rows = model.generate(prompts, attention_mask=torch.ones_like(prompts), **sampling)
+            for request, prompt, row in zip(batch, prompts.tolist(), rows.tolist(), strict=True):
+                response = row[len(prompt) :]
+                ends = response.index(eos) + 1 if eos in response else len(response)
+                samples.append(ToySample(request=request, prompt_ids=prompt, response_ids=response[:ends]))
     return samples
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, request: Request) -> list[int]:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, request: ToyRequest) -> list[int]:
     """Token ids of the rendered generation prompt."""
     message = [{"role": "user", "content": request.text}]
     ids: list[int] = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
     return ids
-
-
-def _continue(
-    model: PreTrainedModel, prompts: torch.Tensor, eos_id: int, limit: int, generator: torch.Generator
-) -> list[list[int]]:
-    tokens, cache = prompts, None
-    columns: list[torch.Tensor] = []
-    ended = torch.zeros(len(prompts), dtype=torch.bool)
-    while len(columns) < limit and not ended.all():
-        out = model(input_ids=tokens, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        tokens = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
-        columns.append(tokens)
-        ended |= tokens[:, 0] == eos_id
-    rows = torch.cat(columns, dim=1).tolist()
-    return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in rows]

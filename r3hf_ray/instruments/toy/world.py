@@ -15,22 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from r3hf_ray.draws import seed_of
 from r3hf_ray.instruments.toy.author import noisy_response
-from r3hf_ray.instruments.toy.language import Request, gold_reward, make_request, make_tokenizer
+from r3hf_ray.instruments.toy.language import ToyRequest, gold_reward, make_request, make_tokenizer
 from r3hf_ray.instruments.toy.sampling import sample_responses
+from r3hf_ray.instruments.toy.settings import ToySection
 
 LABEL_TEMPERATURE = 0.7
 """In units of gold: a label prefers response a to b with probability sigmoid((gold(a) - gold(b)) / 0.7)."""
 
 
-def make_world(
-    folder: Path,
-    *,
-    max_response_tokens: int = 48,
-    seed: int = 0,
-    sft_rows: int = 20_000,
-    train_prompts: int = 1920,
-    heldout_prompts: int = 512,
-) -> None:
+def make_world(folder: Path, toy: ToySection) -> None:
     """Write ``base/``, ``sft.jsonl`` and ``prompts.jsonl`` below `folder`.
 
     - ``base/``: a Llama of 0.11M random parameters (2 layers, width 64) and the language's tokenizer.
@@ -39,17 +32,17 @@ def make_world(
     - ``prompts.jsonl``: ``{"prompt": "gardening no-slang politely"}``; the last `heldout_prompts` are for evaluation.
       There are only 24 different prompts: held-out means fresh draws.
     """
-    rng = random.Random(seed_of(seed, "toy world"))
+    rng = random.Random(seed_of(toy.seed, "toy world"))
     tokenizer = make_tokenizer()
-    make_base_model(tokenizer, seed=seed).save_pretrained(folder / "base")
+    make_base_model(tokenizer, seed=toy.seed).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     rows = []
-    for _ in range(sft_rows):
+    for _ in range(toy.sft_rows):
         request = make_request(rng)
-        answer = {"role": "assistant", "content": noisy_response(request, max_response_tokens, rng)}
+        answer = {"role": "assistant", "content": noisy_response(request, toy.max_response_tokens, rng)}
         rows.append({"messages": [_user(request), answer]})
     _write(folder / "sft.jsonl", rows)
-    prompts = [make_request(rng) for _ in range(train_prompts + heldout_prompts)]
+    prompts = [make_request(rng) for _ in range(toy.train_prompts + toy.heldout_prompts)]
     _write(folder / "prompts.jsonl", ({"prompt": request.text} for request in prompts))
 
 
@@ -72,33 +65,25 @@ def make_base_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> LlamaFo
         return LlamaForCausalLM(config)
 
 
-def make_ranked(
-    policy_folder: Path,
-    path: Path,
-    *,
-    max_response_tokens: int = 48,
-    seed: int = 0,
-    groups: int = 2000,
-    heldout_pairs: int = 1000,
-) -> None:
+def make_ranked(policy_folder: Path, path: Path, toy: ToySection) -> None:
     """Write noisy preferences as ``{"prompt": messages, "responses": [8 texts], "pairs": [[winner, loser], ...]}``.
 
     Of 8 responses to a prompt 4 are the noisy author's and 4 the policy's; each of the 28 pairs has its own noisy
     label, so they may contradict each other, as people do. The last `heldout_pairs` rows are one pair each, both
     responses the policy's: the distribution on which the reward model will be used. Gold stays out of the file.
     """
-    rng = random.Random(seed_of(seed, "toy preferences"))
-    requests = [make_request(rng) for _ in range(groups)]
+    rng = random.Random(seed_of(toy.seed, "toy preferences"))
+    requests = [make_request(rng) for _ in range(toy.groups)]
     asked = [request for request in requests for _ in range(4)]
-    heldout = [make_request(rng) for _ in range(heldout_pairs)]
+    heldout = [make_request(rng) for _ in range(toy.heldout_pairs)]
     asked += [request for request in heldout for _ in range(2)]
-    sampled = iter(_policy_texts(policy_folder, asked, max_response_tokens, seed))
+    sampled = iter(_policy_texts(policy_folder, asked, toy))
     rows = []
     for request in requests:
-        written = [noisy_response(request, max_response_tokens, rng) for _ in range(4)]
+        written = [noisy_response(request, toy.max_response_tokens, rng) for _ in range(4)]
         responses = [*written, *(next(sampled) for _ in range(4))]
-        rows.append(_ranked_row(request, responses, max_response_tokens, rng))
-    rows += [_ranked_row(request, [next(sampled), next(sampled)], max_response_tokens, rng) for request in heldout]
+        rows.append(_ranked_row(request, responses, toy, rng))
+    rows += [_ranked_row(request, [next(sampled), next(sampled)], toy, rng) for request in heldout]
     _write(path, rows)
 
 
@@ -112,26 +97,21 @@ def noisy_pairs(golds: Sequence[float], rng: random.Random) -> list[tuple[int, i
     return pairs
 
 
-def _policy_texts(folder: Path, requests: list[Request], max_response_tokens: int, seed: int) -> list[str]:
+def _policy_texts(folder: Path, requests: list[ToyRequest], toy: ToySection) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    samples = sample_responses(
-        model,
-        tokenizer,
-        requests,
-        max_response_tokens=max_response_tokens,
-        seed=seed_of(seed, "toy policy samples"),
-    )
+    seed = seed_of(toy.seed, "toy policy samples")
+    samples = sample_responses(model, tokenizer, requests, max_response_tokens=toy.max_response_tokens, seed=seed)
     texts: list[str] = tokenizer.batch_decode([sample.response_ids for sample in samples])
     return texts
 
 
-def _ranked_row(request: Request, responses: list[str], max_response_tokens: int, rng: random.Random) -> dict[str, Any]:
-    golds = [gold_reward(request.text, text, max_response_tokens=max_response_tokens) for text in responses]
+def _ranked_row(request: ToyRequest, responses: list[str], toy: ToySection, rng: random.Random) -> dict[str, Any]:
+    golds = [gold_reward(request.text, text, max_response_tokens=toy.max_response_tokens) for text in responses]
     return {"prompt": [_user(request)], "responses": responses, "pairs": noisy_pairs(golds, rng)}
 
 
-def _user(request: Request) -> dict[str, str]:
+def _user(request: ToyRequest) -> dict[str, str]:
     return {"role": "user", "content": request.text}
 
 

@@ -12,10 +12,10 @@ from rich.console import Console
 from r3hf_ray import cli
 from r3hf_ray.config import PPOConfig, load
 from r3hf_ray.errors import ConfigError, RunFailed
-from r3hf_ray.instruments.compare import run as comparison
+from r3hf_ray.instruments.compare import comparison
+from r3hf_ray.instruments.compare.arm_runs import PlannedRun
 from r3hf_ray.instruments.compare.baselines import lacking
-from r3hf_ray.instruments.compare.records import PlannedRun
-from r3hf_ray.instruments.compare.run import compare, plan_runs, read_records
+from r3hf_ray.instruments.compare.comparison import compare, plan_runs, read_runs
 from r3hf_ray.instruments.compare.settings import CompareConfig
 from r3hf_ray.records.jsonl import JsonlLog
 from r3hf_ray.records.run_folder import to_toml
@@ -160,7 +160,7 @@ def test_wrong_settings_are_one_sentence(config: CompareConfig, wrong: str, righ
 
 def test_a_record_is_what_the_folder_says(config: CompareConfig) -> None:
     plan = write_all(config)
-    sparse, dense, uniform, *_ = read_records(config, plan)
+    sparse, dense, uniform, *_ = read_runs(config, plan)
     assert sparse.status == "finished" and sparse.samples == tuple(32 * step for step in range(1, 11))
     assert (sparse.reached.at, sparse.reached.of) == (192, 320)  # steps 5 and 6: (2.0 + 2.4) / 2
     assert dense.reached.at == 96  # steps 2 and 3: (1.6 + 2.4) / 2
@@ -175,8 +175,8 @@ def test_a_run_that_stopped_early_or_never_began_is_not_finished(config: Compare
     write_run(plan[0], slope=1.0, final=4.0, end="checkpoint")
     write_run(plan[1], slope=1.0, final=4.0)
     longer = load(CompareConfig, Path("compare.toml"), ["--compare.overrides", '["--ppo.steps", "20"]'])
-    assert [record.status for record in read_records(config, plan)][:3] == ["unfinished", "finished", "not run"]
-    assert read_records(longer, plan_runs(longer))[1].status == "unfinished"
+    assert [record.status for record in read_runs(config, plan)][:3] == ["unfinished", "finished", "not run"]
+    assert read_runs(longer, plan_runs(longer))[1].status == "unfinished"
 
 
 def test_page_table_and_numbers_say_the_same(config: CompareConfig) -> None:
@@ -245,7 +245,7 @@ def test_finished_runs_are_not_run_again_and_a_failure_does_not_stop_the_rest(
     monkeypatch.setattr(comparison, "ray_session", lambda cpus: nullcontext())
     assert compare(config, only=["sparse", "dense"], report_only=False, console=quiet()) == 1
     assert ran == [("sparse-s0", False), ("dense-s0", False), ("sparse-s1", False), ("dense-s1", False)]
-    failed = read_records(config, plan_runs(config))[0]
+    failed = read_runs(config, plan_runs(config))[0]
     assert (failed.status, failed.reason) == ("failed", "a rank died")
     ran.append(("next call", True))
     assert compare(config, only=[], report_only=False, console=quiet()) == 0

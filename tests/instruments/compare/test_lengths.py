@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from r3hf_ray.config import load
-from r3hf_ray.instruments.compare.run import compare, plan_runs
+from r3hf_ray.instruments.compare.comparison import compare, plan_runs
 from r3hf_ray.instruments.compare.settings import CompareConfig
 from r3hf_ray.records.metrics import read_metrics
 

@@ -9,16 +9,16 @@ from transformers import AutoTokenizer, LlamaForSequenceClassification
 from r3hf_ray.instruments.toy.author import noisy_response
 from r3hf_ray.instruments.toy.language import gold_credit, make_request
 from r3hf_ray.instruments.toy.measure import credit_quality, reward_model_credit, token_rewards
-from r3hf_ray.instruments.toy.sampling import Sample, render_prompt
+from r3hf_ray.instruments.toy.sampling import ToySample, render_prompt
 
 
 @pytest.fixture(scope="module")
-def samples(toy_world: Path) -> list[Sample]:
+def samples(toy_world: Path) -> list[ToySample]:
     """Responses by the noisy author: both kinds of credit, finished and cut."""
     rng, tokenizer = random.Random(0), AutoTokenizer.from_pretrained(toy_world / "base")
     requests = [make_request(rng) for _ in range(60)]
     return [
-        Sample(
+        ToySample(
             request=request,
             prompt_ids=render_prompt(tokenizer, request),
             response_ids=tokenizer.encode(noisy_response(request, 48, rng)),
@@ -27,7 +27,7 @@ def samples(toy_world: Path) -> list[Sample]:
     ]
 
 
-def test_known_credit_is_perfect_and_reversed_credit_the_opposite(toy_world: Path, samples: list[Sample]) -> None:
+def test_known_credit_is_perfect_and_reversed_credit_the_opposite(toy_world: Path, samples: list[ToySample]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(toy_world / "base")
     golds = [np.array(gold_credit(s.request.text, tokenizer.decode(s.response_ids))) for s in samples]
     perfect = credit_quality(golds, samples, tokenizer)
@@ -45,14 +45,14 @@ def test_credit_one_token_late_is_right_by_phrase(toy_world: Path) -> None:
     rng = random.Random(0)
     text = "gardens grow . um . gardens age . well . <eos>"
     request = next(r for r in iter(lambda: make_request(rng), None) if r.text == "gardening no-slang casually")
-    sample = Sample(request=request, prompt_ids=[1], response_ids=tokenizer.encode(text))
+    sample = ToySample(request=request, prompt_ids=[1], response_ids=tokenizer.encode(text))
     late = np.array([0, 0, 1, 0, -0.1, 0, 0, 1, 0, -0.1, 0.0])
     quality = credit_quality([late], [sample], tokenizer)
     assert (quality.token_auc, quality.phrase_auc) == (0.5, 1.0)
     assert quality.phrase_pearson == pytest.approx(1.0)
 
 
-def test_token_rewards_are_differences_of_prefix_scores(toy_world: Path, samples: list[Sample]) -> None:
+def test_token_rewards_are_differences_of_prefix_scores(toy_world: Path, samples: list[ToySample]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(toy_world / "base")
     model = LlamaForSequenceClassification.from_pretrained(toy_world / "reward").eval()
     rewards = token_rewards(model, tokenizer, samples[:7], batch_size=3)

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from r3hf_ray.instruments.toy.language import EOS, read_request
-from r3hf_ray.instruments.toy.sampling import Sample, sample_responses
+from r3hf_ray.instruments.toy.sampling import ToySample, sample_responses
+from r3hf_ray.instruments.toy.settings import ToySection
 from r3hf_ray.instruments.toy.world import make_ranked, make_world, noisy_pairs
 
 
@@ -23,7 +24,7 @@ def load_base(world: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    make_world(folder, seed=1, sft_rows=40, train_prompts=20, heldout_prompts=10)
+    make_world(folder, ToySection(seed=1, sft_rows=40, train_prompts=20, heldout_prompts=10))
     return folder
 
 
@@ -51,7 +52,7 @@ def test_base_loads_as_a_plain_folder(world: Path) -> None:
 def test_the_same_seed_writes_the_same_world(world: Path, tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
     for seed in (1, 2):
-        make_world(tmp_path / str(seed), seed=seed, sft_rows=40, train_prompts=20, heldout_prompts=10)
+        make_world(tmp_path / str(seed), ToySection(seed=seed, sft_rows=40, train_prompts=20, heldout_prompts=10))
     assert torch.equal(before, torch.random.get_rng_state()), "the global random state is the caller's"
     for name in ("sft.jsonl", "prompts.jsonl", "base/model.safetensors"):
         assert (tmp_path / "1" / name).read_bytes() == (world / name).read_bytes()
@@ -60,7 +61,7 @@ def test_the_same_seed_writes_the_same_world(world: Path, tmp_path: Path) -> Non
 
 def test_ranked_file(world: Path, tmp_path: Path) -> None:
     path = tmp_path / "ranked.jsonl"
-    make_ranked(world / "base", path, seed=1, groups=6, heldout_pairs=5)
+    make_ranked(world / "base", path, ToySection(seed=1, groups=6, heldout_pairs=5))
     written = rows(path)
     assert [len(row["responses"]) for row in written] == [8] * 6 + [2] * 5
     for row in written:
@@ -71,7 +72,7 @@ def test_ranked_file(world: Path, tmp_path: Path) -> None:
         assert sorted(tuple(sorted(pair)) for pair in row["pairs"]) == every_pair
         for response in row["responses"]:
             assert (EOS in response.split()) or len(response.split()) == 48
-    make_ranked(world / "base", tmp_path / "again.jsonl", seed=1, groups=6, heldout_pairs=5)
+    make_ranked(world / "base", tmp_path / "again.jsonl", ToySection(seed=1, groups=6, heldout_pairs=5))
     assert (tmp_path / "again.jsonl").read_bytes() == path.read_bytes()
 
 
@@ -87,7 +88,7 @@ def test_samples_stop_at_eos_and_are_seeded(world: Path) -> None:
     model, tokenizer = load_base(world)
     request = read_request("gardening no-slang politely")
 
-    def sample() -> list[Sample]:
+    def sample() -> list[ToySample]:
         return sample_responses(model, tokenizer, [request] * 50, max_response_tokens=12, seed=0, batch_size=30)
 
     samples = sample()

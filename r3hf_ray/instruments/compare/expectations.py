@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from r3hf_ray.instruments.compare.records import Record
+from r3hf_ray.instruments.compare.arm_runs import MeasuredRun
 from r3hf_ray.instruments.compare.settings import CompareConfig, CompareSection, Expectation
 from r3hf_ray.instruments.compare.statistics import Ratio, Reach, mean_and_spread, mean_ratio, paired_ratios
 
@@ -19,14 +19,14 @@ class ArmResult:
     name: str
     group: str
     baseline: bool
-    runs: tuple[Record, ...]
+    runs: tuple[MeasuredRun, ...]
     ratios: tuple[Ratio, ...]
     """Samples to the threshold over the baseline's, by seed; empty for the baseline itself."""
     pairs: int
     """Seeds that both have finished; those that tell nothing have no ratio."""
 
     @property
-    def finished(self) -> tuple[Record, ...]:
+    def finished(self) -> tuple[MeasuredRun, ...]:
         """Runs that got to the end."""
         return tuple(run for run in self.runs if run.status == "finished")
 
@@ -48,7 +48,7 @@ class ArmResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bar:
+class JudgedExpectation:
     """An expectation and what became of it."""
 
     sentence: str
@@ -57,7 +57,7 @@ class Bar:
     verdict: Verdict
 
 
-def arm_results(config: CompareConfig, records: Sequence[Record]) -> list[ArmResult]:
+def arm_results(config: CompareConfig, records: Sequence[MeasuredRun]) -> list[ArmResult]:
     """Arms in the order of the configuration."""
     reached = {
         arm.name: {r.seed: r.reached for r in records if r.arm == arm.name and r.status == "finished"}
@@ -77,13 +77,13 @@ def arm_results(config: CompareConfig, records: Sequence[Record]) -> list[ArmRes
     ]
 
 
-def judge_bars(config: CompareConfig, results: Sequence[ArmResult]) -> list[Bar]:
+def judge_expectations(config: CompareConfig, results: Sequence[ArmResult]) -> list[JudgedExpectation]:
     """Every expectation of the configuration against the finished runs."""
     arms = {result.name: result for result in results}
     return [_judge(bar, arms, config.compare) for bar in config.bars]
 
 
-def _judge(bar: Expectation, arms: Mapping[str, ArmResult], settings: CompareSection) -> Bar:
+def _judge(bar: Expectation, arms: Mapping[str, ArmResult], settings: CompareSection) -> JudgedExpectation:
     arm, against, goal = arms[bar.arm], arms[bar.against], f"{settings.measured} {settings.threshold:g}"
     if bar.measure == "gold":
         return _gold(bar, arm, against, settings.measured)
@@ -97,20 +97,20 @@ def _judge(bar: Expectation, arms: Mapping[str, ArmResult], settings: CompareSec
         sentence = f"{bar.arm} needs within {bar.bound:.0%} of the samples of {bar.against} to {goal}"
         holds = told and bounds == {""} and abs(math.log(mean)) <= math.log1p(bar.bound) + 1e-9
     if not shared:
-        return Bar(sentence=sentence, found="no seed of both has finished", verdict="not run")
+        return JudgedExpectation(sentence=sentence, found="no seed of both has finished", verdict="not run")
     found = (
         f"mean paired ratio {mean:.2f} ({ratio_text(ratios)})" if ratios else "no seed tells: both never, or at once"
     )
-    return Bar(sentence=sentence, found=found, verdict="met" if holds else "missed")
+    return JudgedExpectation(sentence=sentence, found=found, verdict="met" if holds else "missed")
 
 
-def _gold(bar: Expectation, arm: ArmResult, against: ArmResult, measured: str) -> Bar:
+def _gold(bar: Expectation, arm: ArmResult, against: ArmResult, measured: str) -> JudgedExpectation:
     sentence = f"final {measured} of {bar.arm} is not more than {bar.bound:g} below that of {bar.against}"
     seeds = set(arm.reached) & set(against.reached)
     own, other = (mean_and_spread([r.final_gold for r in a.finished if r.seed in seeds])[0] for a in (arm, against))
     if not (math.isfinite(own) and math.isfinite(other)):
-        return Bar(sentence=sentence, found="no seed of both has finished", verdict="not run")
-    return Bar(
+        return JudgedExpectation(sentence=sentence, found="no seed of both has finished", verdict="not run")
+    return JudgedExpectation(
         sentence=sentence,
         found=f"{own:.2f} against {other:.2f}, seeds {', '.join(map(str, sorted(seeds)))}",
         verdict="met" if own >= other - bar.bound else "missed",

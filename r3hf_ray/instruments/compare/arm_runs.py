@@ -19,7 +19,7 @@ NEAR = 0.2
 KL = "kl/ref/mean"
 FINAL_LENGTH, FINAL_EOS = "eval/heldout/response_length/mean", "eval/heldout/eos_frac"
 
-Status = Literal["finished", "unfinished", "failed", "not run"]
+RunStatus = Literal["finished", "unfinished", "failed", "not run"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class PlannedRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class MeasuredRun:
     """What a run came to; NaN is not measured.
 
     Curves have a value a training step; finals are of the last held-out evaluation, KL apart.
@@ -47,7 +47,7 @@ class Record:
 
     arm: str
     seed: int
-    status: Status
+    status: RunStatus
     reason: str
     """Of a failure."""
     samples: tuple[int, ...]
@@ -76,7 +76,9 @@ def is_finished(run: PlannedRun) -> bool:
     return any(int(event.get("step", 0)) >= run.config.ppo.steps for event in ends)
 
 
-def read_record(run: PlannedRun, *, threshold: float, window: int, equal_kl: float, judge: str | None = None) -> Record:
+def read_run(
+    run: PlannedRun, *, threshold: float, window: int, equal_kl: float, judge: str | None = None
+) -> MeasuredRun:
     """Read a run's folder; a run that is not there has empty curves. ``judge`` is `CompareSection.judge`.
 
     Raises:
@@ -92,7 +94,7 @@ def read_record(run: PlannedRun, *, threshold: float, window: int, equal_kl: flo
     at = samples_to(threshold, samples, gold, window=window)
     status, reason = _status(run)
     last = rows[-1] if status == "finished" else {}
-    return Record(
+    return MeasuredRun(
         arm=run.arm,
         seed=run.seed,
         status=status,
@@ -115,7 +117,7 @@ def read_record(run: PlannedRun, *, threshold: float, window: int, equal_kl: flo
     )
 
 
-def _status(run: PlannedRun) -> tuple[Status, str]:
+def _status(run: PlannedRun) -> tuple[RunStatus, str]:
     if is_finished(run):
         return "finished", ""
     events = read_jsonl(run.folder / "events.jsonl")

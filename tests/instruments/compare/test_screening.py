@@ -10,9 +10,9 @@ import pytest
 
 from r3hf_ray.config import PPOConfig, load
 from r3hf_ray.errors import RunFailed
-from r3hf_ray.instruments.compare import screen
-from r3hf_ray.instruments.compare.records import PlannedRun
-from r3hf_ray.instruments.compare.screen import screened
+from r3hf_ray.instruments.compare import screening
+from r3hf_ray.instruments.compare.arm_runs import PlannedRun
+from r3hf_ray.instruments.compare.screening import screened
 
 JOB = """
 [run]
@@ -53,7 +53,7 @@ def runs(tmp_path: Path) -> list[PlannedRun]:
 
 def test_a_process_that_died_is_one_sentence(runs: list[PlannedRun], monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Pool(lambda future: future.set_exception(BrokenProcessPool("gone")))
-    monkeypatch.setattr(screen, "ProcessPoolExecutor", lambda *_, **__: pool)
+    monkeypatch.setattr(screening, "ProcessPoolExecutor", lambda *_, **__: pool)
     with pytest.raises(RunFailed, match="one of the 2 processes of the screening died"):
         list(screened(runs, processes=2))
     assert pool.shut == {"wait": False, "cancel_futures": True}
@@ -61,7 +61,7 @@ def test_a_process_that_died_is_one_sentence(runs: list[PlannedRun], monkeypatch
 
 def test_whoever_stops_listening_stops_the_runs(runs: list[PlannedRun], monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Pool(lambda future: None)
-    monkeypatch.setattr(screen, "ProcessPoolExecutor", lambda *_, **__: pool)
+    monkeypatch.setattr(screening, "ProcessPoolExecutor", lambda *_, **__: pool)
     outcomes = screened(runs, processes=2)
     run, outcome = next(outcomes)
     assert (run.arm, outcome["event"]) == ("a", "finished") and not pool.shut
@@ -77,6 +77,6 @@ def test_a_run_that_breaks_is_an_outcome(
         def run(self, *_: object) -> None:
             raise error
 
-    monkeypatch.setattr(screen, "_workbench", Broken)
-    outcome = screen._run(runs[0])
+    monkeypatch.setattr(screening, "_workbench", Broken)
+    outcome = screening._run(runs[0])
     assert (outcome["event"], outcome["reason"]) == ("failed", reason)

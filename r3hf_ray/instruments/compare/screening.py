@@ -13,7 +13,7 @@ from typing import Any
 from r3hf_ray.actors.learner import BROKEN_CODE
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import ConfigError, DivergenceError, RunFailed, TelescopingError
-from r3hf_ray.instruments.compare.records import PlannedRun
+from r3hf_ray.instruments.compare.arm_runs import PlannedRun
 
 
 def screened(runs: Sequence[PlannedRun], *, processes: int) -> Iterator[tuple[PlannedRun, dict[str, Any]]]:
@@ -84,7 +84,7 @@ def _run(run: PlannedRun) -> dict[str, Any]:
 
 @cache
 def _workbench() -> Any:
-    from r3hf_ray.instruments.compare.in_process import Workbench
+    from r3hf_ray.instruments.compare.single_process import Workbench
 
     return Workbench()
 

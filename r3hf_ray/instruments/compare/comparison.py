@@ -15,14 +15,14 @@ from rich.console import Console
 from r3hf_ray.config import PPOConfig, load
 from r3hf_ray.driver import run_ppo, with_absolute_models
 from r3hf_ray.errors import ConfigError, RunFailed, sentence_of
-from r3hf_ray.instruments.compare.bars import arm_results, judge_bars
+from r3hf_ray.instruments.compare.arm_runs import MeasuredRun, PlannedRun, is_finished, read_run
 from r3hf_ray.instruments.compare.baselines import lacking
-from r3hf_ray.instruments.compare.models import ToyPaths, check_toy, prepare_toy, toy_overrides
-from r3hf_ray.instruments.compare.page import write_comparison
-from r3hf_ray.instruments.compare.records import PlannedRun, Record, is_finished, read_record
+from r3hf_ray.instruments.compare.comparison_page import write_comparison
+from r3hf_ray.instruments.compare.expectations import arm_results, judge_expectations
 from r3hf_ray.instruments.compare.schedules import Schedule, check_schedules, parse_schedule
-from r3hf_ray.instruments.compare.screen import check_in_process, screened
+from r3hf_ray.instruments.compare.screening import check_in_process, screened
 from r3hf_ray.instruments.compare.settings import CompareConfig
+from r3hf_ray.instruments.toy.trained_models import ToyModels
 from r3hf_ray.records.jsonl import JsonlLog, read_jsonl
 from r3hf_ray.records.run_folder import PPO_MAY_CHANGE, check_run
 from r3hf_ray.session import ray_session
@@ -53,9 +53,9 @@ def compare(config: CompareConfig, *, only: Sequence[str], report_only: bool, co
     if unknown:
         raise ConfigError(f"--only: no arm is called {', '.join(unknown)}; there are {_names(config)}")
     if config.toy:
-        check_toy(config.toy, ToyPaths(root_of(config)))
+        ToyModels(config.toy, root_of(config)).check()
     for run in plan:
-        check_record(config, run)
+        check_finished(config, run)
     chosen = [run for run in plan if not only or run.arm in only]
     failed = [] if report_only else _run_missing(config, chosen, plan, console)
     page = report(config, plan, console)
@@ -79,7 +79,7 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
         ConfigError: an arm's settings are not those of `r3hf ppo`.
     """
     root = root_of(config)
-    shared = toy_overrides(config.toy, ToyPaths(root)) if config.toy else []
+    shared = ToyModels(config.toy, root).overrides() if config.toy else []
     shared += config.compare.overrides
     longest = max(len(config.seeds_of(arm)) for arm in config.arms)
     places = [(arm, place) for place in range(longest) for arm in config.arms if place < len(config.seeds_of(arm))]
@@ -99,13 +99,13 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
     return runs
 
 
-def read_records(config: CompareConfig, plan: Sequence[PlannedRun]) -> list[Record]:
+def read_runs(config: CompareConfig, plan: Sequence[PlannedRun]) -> list[MeasuredRun]:
     """The runs as their folders show them; a run that could not even begin has its reason from an earlier call."""
     last = {(event["arm"], event["seed"]): event for event in read_jsonl(root_of(config) / EVENTS)}
     settings = config.compare
     records = []
     for run in plan:
-        record = read_record(
+        record = read_run(
             run,
             threshold=settings.threshold,
             window=settings.window,
@@ -121,8 +121,8 @@ def read_records(config: CompareConfig, plan: Sequence[PlannedRun]) -> list[Reco
 
 def report(config: CompareConfig, plan: Sequence[PlannedRun], console: Console) -> Path:
     """Write page, table and numbers from what the folders hold, and say what became of the expectations."""
-    results = arm_results(config, read_records(config, plan))
-    bars = judge_bars(config, results)
+    results = arm_results(config, read_runs(config, plan))
+    bars = judge_expectations(config, results)
     page = write_comparison(root_of(config), config, results, bars, lacking(plan))
     for bar in bars:
         console.print(f"{bar.verdict}: {bar.sentence}: {bar.found}", markup=False)
@@ -153,11 +153,12 @@ def _outcomes(
     config: CompareConfig, waiting: Sequence[PlannedRun], console: Console
 ) -> Iterator[tuple[PlannedRun, dict[str, Any]]]:
     """Each run with what became of it, after the models they share."""
-    paths, processes = ToyPaths(root_of(config)), config.compare.in_process
-    if not processes or (config.toy and not paths.complete(config.toy)):  # a screening that is resumed needs no Ray
+    models = ToyModels(config.toy, root_of(config)) if config.toy else None
+    processes = config.compare.in_process
+    if not processes or (models and not models.complete()):  # a screening that is resumed needs no Ray
         with ray_session(config.run.cpus):
-            if config.toy:
-                prepare_toy(config.toy, paths, console)
+            if models:
+                models.prepare(console)
             for number, run in enumerate([] if processes else waiting, start=1):
                 console.rule(f"[bold]{run.folder.name}[/bold]  run {number} of {len(waiting)}", align="left")
                 yield run, _run_one(run, console)
@@ -193,7 +194,7 @@ def _check_arm(config: CompareConfig, arm: str, ppo: PPOConfig, schedules: tuple
         raise ConfigError(f"arm {arm}: {error}") from None
 
 
-def check_record(config: CompareConfig, run: PlannedRun) -> None:
+def check_finished(config: CompareConfig, run: PlannedRun) -> None:
     """See that a finished run is the one that is asked for now; else the page would call it what it is not.
 
     Raises:

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from r3hf_ray.instruments.compare.bars import ArmResult, Bar
-from r3hf_ray.instruments.compare.records import Record
+from r3hf_ray.instruments.compare.arm_runs import MeasuredRun
+from r3hf_ray.instruments.compare.expectations import ArmResult, JudgedExpectation
 from r3hf_ray.instruments.compare.settings import CompareConfig
 from r3hf_ray.instruments.compare.statistics import band, by_cell, trailing_mean
 from r3hf_ray.instruments.compare.tables import (
@@ -32,7 +32,7 @@ TONES = {"met": "good", "missed": "bad", "not run": "plain"}
 
 
 def write_comparison(
-    folder: Path, config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[Bar], lacking: str
+    folder: Path, config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[JudgedExpectation], lacking: str
 ) -> Path:
     """Write the page, the table and the numbers over what an earlier call left there; returns the page.
 
@@ -46,7 +46,9 @@ def write_comparison(
     return page
 
 
-def comparison_page(config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[Bar], lacking: str) -> Page:
+def comparison_page(
+    config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[JudgedExpectation], lacking: str
+) -> Page:
     """The page, from the results."""
     missed = any(bar.verdict == "missed" for bar in bars)
     runs = [run for result in results for run in result.runs]
@@ -93,7 +95,7 @@ def _capital(text: str) -> str:
 
 
 def _tiles(
-    config: CompareConfig, results: Sequence[ArmResult], runs: Sequence[Record], bars: Sequence[Bar]
+    config: CompareConfig, results: Sequence[ArmResult], runs: Sequence[MeasuredRun], bars: Sequence[JudgedExpectation]
 ) -> list[Tile]:
     done, failed = (sum(run.status == status for run in runs) for status in ("finished", "failed"))
     judged = [bar for bar in bars if bar.verdict != "not run"]

@@ -7,20 +7,19 @@ model's token rewards point at the tokens that earned it.
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from r3hf_ray.config import PPOConfig, RewardConfig, SFTConfig, load
+from r3hf_ray.config import PPOConfig, load
 from r3hf_ray.draws import seed_of
 from r3hf_ray.driver import RunResult, run_ppo
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.instruments.toy.language import make_request
 from r3hf_ray.instruments.toy.measure import CreditQuality, reward_model_credit
-from r3hf_ray.instruments.toy.world import make_ranked, make_world
-from r3hf_ray.prepare import train_reward, train_sft
+from r3hf_ray.instruments.toy.settings import ToySection
+from r3hf_ray.instruments.toy.trained_models import ToyModels
 from r3hf_ray.session import ray_session
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
@@ -32,26 +31,8 @@ LINE_SECONDS = 5.0
 """Time between two lines of a stage before PPO. [s]"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """How much of everything."""
-
-    sft_rows: int = 20_000
-    groups: int = 2_000
-    heldout_pairs: int = 1_000
-    credit_responses: int = 400
-    overrides: tuple[str, ...] = ()
-    """Of the PPO job."""
-
-
-FULL = Size()
-SHORT = Size(
-    sft_rows=4_000,
-    groups=400,
-    heldout_pairs=200,
-    credit_responses=100,
-    overrides=("--ppo.steps", "6", "--evaluation.prompts", "64", "--reward.calibration_samples", "64"),
-)
+SHORT = {"sft_rows": 4_000, "groups": 400, "heldout_pairs": 200}
+SHORT_PPO = ("--ppo.steps", "6", "--evaluation.prompts", "64", "--reward.calibration_samples", "64")
 
 
 def quickstart(folder: Path, *, seed: int, short: bool, console: Console) -> int:
@@ -59,61 +40,23 @@ def quickstart(folder: Path, *, seed: int, short: bool, console: Console) -> int
 
     The default run exits with 1 and says which bar was missed; the short one is a smoke test without bars.
     """
-    size, start = (SHORT if short else FULL), time.monotonic()
-    root = _new_folder(folder / "quickstart")
-    common = ["--run.folder", str(root), "--run.seed", str(seed)]
-    seconds: dict[str, float] = {}
-    with ray_session(load(PPOConfig, _job("toy_ppo"), []).run.cpus), _Timer(seconds, console) as timer:
-        timer.stage("world", f"writing the toy world to {root / 'world'}")
-        make_world(root / "world", seed=seed, sft_rows=size.sft_rows)
-
-        timer.stage("sft", "training the initial policy on the noisy author's texts")
-        data = ["--model.base", str(root / "world/base"), "--data.source", str(root / "world/sft.jsonl")]
-        sft = load(SFTConfig, _job("toy_sft"), [*common, "--run.name", "sft", *data])
-        policy = train_sft(sft, on_row=_lines(console), note=console.print).model
-
-        timer.stage("rm", "training the reward model on noisy preferences")
-        ranked = root / "world/ranked.jsonl"
-        make_ranked(policy, ranked, seed=seed, groups=size.groups, heldout_pairs=size.heldout_pairs)
-        data = ["--model.base", str(policy), "--data.source", str(ranked), "--data.heldout", str(size.heldout_pairs)]
-        reward = load(RewardConfig, _job("toy_reward"), [*common, "--run.name", "reward", *data])
-        judged = train_reward(reward, on_row=_lines(console), note=console.print)
-        credit = _credit(judged.model, policy, seed, size)
-
-        timer.stage("ppo", "PPO with token-level redistributed rewards")
-        models = ["--model.policy", str(policy), "--model.reward_model", str(judged.model)]
-        data = ["--data.source", str(root / "world/prompts.jsonl")]
-        ppo = load(PPOConfig, _job("toy_ppo"), [*common, "--run.name", "ppo", *models, *data, *size.overrides])
-        result = run_ppo(ppo, resume=False, console=console)
-    accuracy = judged.metrics["eval/heldout/pair_accuracy"]
-    _print_end(console, result, credit, judged.metrics, seconds, time.monotonic() - start)
+    start, root = time.monotonic(), _new_folder(folder / "quickstart")
+    jobs = {"sft_job": _job("toy_sft"), "reward_job": _job("toy_reward")}
+    models = ToyModels(ToySection.model_validate(jobs | {"seed": seed} | (SHORT if short else {})), root)
+    run = ["--run.folder", str(root), "--run.name", "ppo", "--run.seed", str(seed)]
+    job = load(PPOConfig, _job("toy_ppo"), [*run, *models.overrides(), *(SHORT_PPO if short else ())])
+    with ray_session(job.run.cpus):
+        policy, (judge,) = models.prepare(console, on_row=_lines(console))
+        credit = _credit(models, seed=seed, responses=100 if short else 400)
+        console.rule("[bold]ppo[/bold]  PPO with token-level redistributed rewards", align="left")
+        result = run_ppo(job, resume=False, console=console)
+    seconds = {"sft": policy.seconds, "rm": judge.seconds, "ppo": result.seconds}
+    accuracy = judge.metrics["eval/heldout/pair_accuracy"]
+    _print_end(console, result, credit, accuracy, seconds, time.monotonic() - start)
     missed = [] if short else _missed(result, accuracy)
     for sentence in missed:
         console.print(f"missed: {sentence}")
     return 1 if missed else 0
-
-
-class _Timer:
-    """Seconds by stage."""
-
-    def __init__(self, seconds: dict[str, float], console: Console) -> None:
-        self._seconds, self._console, self._name, self._since = seconds, console, "", 0.0
-
-    def stage(self, name: str, text: str) -> None:
-        """End the last stage and begin another."""
-        self._end()
-        self._name, self._since = name, time.monotonic()
-        self._console.rule(f"[bold]{name}[/bold]  {text}", align="left")
-
-    def _end(self) -> None:
-        if self._name:
-            self._seconds[self._name] = time.monotonic() - self._since
-
-    def __enter__(self) -> "_Timer":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._end()
 
 
 def _new_folder(wished: Path) -> Path:
@@ -143,22 +86,16 @@ def _lines(console: Console) -> Callable[[Mapping[str, Any]], None]:
     return show
 
 
-def _credit(reward_model: Path, policy: Path, seed: int, size: Size) -> CreditQuality:
+def _credit(models: ToyModels, *, seed: int, responses: int) -> CreditQuality:
     rng = random.Random(seed_of(seed, "quickstart credit"))
-    requests = [make_request(rng) for _ in range(size.credit_responses)]
-    return reward_model_credit(reward_model, policy, requests, seed=seed)
+    requests = [make_request(rng) for _ in range(responses)]
+    return reward_model_credit(models.reward_model, models.policy, requests, seed=seed)
 
 
 def _print_end(
-    console: Console,
-    result: RunResult,
-    credit: CreditQuality,
-    judged: Mapping[str, float],
-    seconds: dict[str, float],
-    total: float,
+    console: Console, result: RunResult, credit: CreditQuality, accuracy: float, seconds: dict[str, float], total: float
 ) -> None:
     before, after = result.rows[0], result.rows[-1]
-    accuracy = judged["eval/heldout/pair_accuracy"]
     console.rule("[bold]done[/bold]", align="left")
     console.print(f"gold reward on held-out prompts   {_gold(before)} before, {_gold(after)} after")
     console.print(f"reward model, held-out pairs      {accuracy:.3f} agree with the noisy labels")
@@ -166,9 +103,10 @@ def _print_end(
         f"token credit of its rewards       phrase AUC {credit.phrase_auc:.3f}, token AUC {credit.token_auc:.3f}, "
         f"phrase r {credit.phrase_pearson:.2f} (0.5 and 0 are chance)"
     )
-    console.print(f"seconds by stage                  {'  '.join(f'{name} {s:.0f}' for name, s in seconds.items())}")
+    parts = seconds | {"rest": total - sum(seconds.values())}
+    console.print(f"seconds by stage                  {'  '.join(f'{name} {s:.0f}' for name, s in parts.items())}")
     console.print(f"model                             {result.folder / 'model'}")
-    stages = " ".join(f"{name} {_minutes(seconds[name])}" for name in ("sft", "rm", "ppo"))
+    stages = " ".join(f"{name} {_minutes(spent)}" for name, spent in seconds.items())
     console.print(
         f"gold {_gold(before)} -> {_gold(after)} | RM accuracy {accuracy:.2f} | phrase AUC {credit.phrase_auc:.2f} | "
         f"{_minutes(total)} ({stages}) | report: {_short_path(result.report)}"

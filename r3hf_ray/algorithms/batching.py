@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from r3hf_ray.algorithms.redistribution import PrefixScores
 from r3hf_ray.types import MAIN, Finish, ModelScores, ScoredTrajectory
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +32,6 @@ class BatchScores:
     def scores(self) -> PrefixScores:
         """Its scores as `algorithms.redistribution` reads them."""
         return PrefixScores(prefix=self.prefix_scores, prompt=self.prompt_score, pooled=self.score)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by field."""
-        return {part.name: getattr(self, part.name) for part in fields(self)}
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "BatchScores":
-        """The same of what ``function`` makes of each tensor."""
-        return BatchScores(**{name: function(x) for name, x in self.tensors().items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,27 +73,43 @@ class Batch:
         """What `model.reward_model` says."""
         return self.by_model[MAIN]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by a flat name: ``token_ids``, ``by_model.cost.score``."""
-        scores = {f"by_model.{name}": part.tensors() for name, part in self.by_model.items()}
-        return self._own() | {f"{place}.{name}": x for place, part in scores.items() for name, x in part.items()}
-
     def rows(self, index: Sequence[int] | Int64[Tensor, "N"]) -> "Batch":
         """The rows ``index`` (at least one), in that order, trimmed to the longest of them."""
-        chosen = torch.as_tensor(index, dtype=torch.long, device=self.token_ids.device)
-        width = int(self.attention_mask[chosen].sum(1).max())
-        return self._map(lambda x: x[chosen, :width] if x.ndim == 2 else x[chosen])
+        return chosen_rows(self, index, self.attention_mask)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        return self._map(lambda x: x.to(device))
+        return mapped(self, lambda x: x.to(device))
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        by_model = {name: part.map(function) for name, part in self.by_model.items()}
-        return Batch(**{name: function(x) for name, x in self._own().items()}, by_model=by_model)
 
-    def _own(self) -> dict[str, Tensor]:
-        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "by_model"}
+def mapped(form: T, function: Callable[[Tensor], Tensor]) -> T:
+    """The same form of what ``function`` makes of each of its tensors, those of nested forms and dicts too."""
+    changed: Any
+    if isinstance(form, Tensor):
+        changed = function(form)
+    elif isinstance(form, dict):
+        changed = {name: mapped(part, function) for name, part in form.items()}
+    else:
+        changed = type(form)(**{name: mapped(part, function) for name, part in _parts(form).items()})
+    return cast(T, changed)
+
+
+def tensors_of(form: Any, place: str = "") -> dict[str, Tensor]:
+    """Every tensor of a form by its place: ``token_ids``, ``by_model.cost.score``."""
+    if isinstance(form, Tensor):
+        return {place.removesuffix("."): form}
+    return {at: x for name, part in _parts(form).items() for at, x in tensors_of(part, f"{place}{name}.").items()}
+
+
+def chosen_rows(form: T, index: Sequence[int] | Int64[Tensor, "N"], attention_mask: Bool[Tensor, "B T"]) -> T:
+    """The rows ``index`` of each tensor, in that order, trimmed to the longest of them."""
+    chosen = torch.as_tensor(index, dtype=torch.long, device=attention_mask.device)
+    width = int(attention_mask[chosen].sum(1).max())
+    return mapped(form, lambda x: x[chosen, :width] if x.ndim == 2 else x[chosen])
+
+
+def _parts(form: Any) -> dict[str, Any]:
+    return form if isinstance(form, dict) else {field.name: getattr(form, field.name) for field in fields(form)}
 
 
 def collate(scored: Sequence[ScoredTrajectory], *, pad_id: int) -> Batch:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import r3hf_ray
-from r3hf_ray.algorithms.batching import Batch, microbatches
+from r3hf_ray.algorithms.batching import Batch, BatchScores, microbatches, tensors_of
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.models.logprobs import Policy
 from r3hf_ray.models.sharding import DTYPES, full_parameters, grad_norm, rank, shard
 from r3hf_ray.models.values import Critic
-from r3hf_ray.training.ppo_losses import LossInputs, Share, critic_share, policy_divisor, policy_share
+from r3hf_ray.training.experience import Experience
+from r3hf_ray.training.ppo_losses import LossShare, critic_share, policy_divisor, policy_share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +42,7 @@ def write_capsule(
     config: PPOConfig,
     policy: Policy,
     critic: Critic | None,
-    inputs: LossInputs | None,
-    batch: Batch | None,
+    experience: Experience | None,
     facts: dict[str, Any],
 ) -> None:
     """Write what reruns a minibatch. All ranks call it: parameters are gathered, rank 0 writes them.
@@ -52,14 +52,12 @@ def write_capsule(
         config: of the run.
         policy: before the optimizer step.
         critic: before the optimizer step; None where advantages need none.
-        inputs: this rank's rows of the minibatch; None if it has none.
-        batch: the same rows as they came (rewards, reference logprobs), searched but not needed to rerun.
+        experience: this rank's rows of the minibatch; None if it has none.
         facts: step, epoch, minibatch, num_tokens, num_responses and whatever else helps.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if inputs is not None and batch is not None:
-        arrays = inputs.tensors() | {f"given.{name}": x for name, x in batch.tensors().items()}
-        contiguous = {name: x.cpu().contiguous().clone() for name, x in arrays.items()}
+    if experience is not None:
+        contiguous = {name: x.cpu().contiguous().clone() for name, x in tensors_of(experience).items()}
         save_file(contiguous, folder / f"batch_rank_{rank():05d}.safetensors")
     models: list[tuple[str, nn.Module, Any]] = [("policy", policy, policy.model)]
     models += [] if critic is None else [("critic", critic, critic.trunk)]
@@ -91,14 +89,14 @@ def replay_capsule(folder: Path) -> Replay:
     config = PPOConfig(**content["config"])
     tokens, responses = content["num_tokens"], content["num_responses"]
     policy = Policy(AutoModelForCausalLM.from_config(_config(folder / "policy"), dtype=torch.float32))
-    models: dict[str, tuple[Policy | Critic, Callable[..., Share], int]] = {
+    models: dict[str, tuple[Policy | Critic, Callable[..., LossShare], int]] = {
         "policy": (policy, policy_share, policy_divisor(config, num_tokens=tokens, num_responses=responses))
     }
     if config.has_critic:
         critic = Critic(AutoModel.from_config(_config(folder / "critic"), dtype=torch.float32))
         models["critic"] = (critic, critic_share, tokens)
-    files = {path.stem: load_file(path) for path in sorted(folder.glob("batch_rank_*.safetensors"))}
-    given = [(f"{file}: {name}", x) for file, arrays in files.items() for name, x in sorted(arrays.items())]
+    rows = {path.stem: _experience(load_file(path)) for path in sorted(folder.glob("batch_rank_*.safetensors"))}
+    given = [(f"{file}: {name}", x) for file, part in rows.items() for name, x in tensors_of(part).items()]
     suspects = [name for name, x in given if not _finite(x)]
     losses, norms = dict.fromkeys(("policy", "critic"), 0.0), dict.fromkeys(("policy", "critic"), 0.0)
     for name, (model, share, divisor) in models.items():
@@ -107,7 +105,7 @@ def replay_capsule(folder: Path) -> Replay:
         suspects += [f"{name} parameter: {key}" for key, x in parameters.items() if not _finite(x)]
         keep = model.head if isinstance(model, Critic) else None
         shard(model.eval(), None, blocks="never", dtype=DTYPES[config.learner.dtype], keep_float32=keep)
-        losses[name] = sum(_backward(model, share, arrays, config, divisor) for arrays in files.values())
+        losses[name] = sum(_backward(model, share, part, config, divisor) for part in rows.values())
         norms[name] = grad_norm(model)
         suspects += [] if _finite(torch.tensor(losses[name])) else [f"{name} loss"]
         gradients = ((key, p.grad) for key, p in model.named_parameters() if p.grad is not None)
@@ -122,15 +120,26 @@ def replay_capsule(folder: Path) -> Replay:
 
 
 def _backward(
-    model: nn.Module, share: Callable[..., Share], arrays: dict[str, Tensor], config: PPOConfig, divisor: int
+    model: nn.Module, share: Callable[..., LossShare], experience: Experience, config: PPOConfig, divisor: int
 ) -> float:
-    inputs = LossInputs(**{name: x for name, x in arrays.items() if not name.startswith("given.")})
     total = 0.0
-    for index in microbatches(inputs.attention_mask.sum(1).tolist(), budget_tokens=config.ppo.microbatch_tokens):
-        loss, _ = share(model, inputs.rows(index), config, divisor)
+    for index in microbatches(experience.batch.lengths, budget_tokens=config.ppo.microbatch_tokens):
+        loss, _ = share(model, experience.rows(index), config, divisor)
         loss.backward()
         total += float(loss.detach())
     return total
+
+
+def _experience(tensors: dict[str, Tensor]) -> Experience:
+    """What `tensors_of` took apart."""
+    whole: dict[str, Any] = {}
+    for place, tensor in tensors.items():
+        inside, names = whole, place.split(".")
+        for name in names[:-1]:
+            inside = inside.setdefault(name, {})
+        inside[names[-1]] = tensor
+    by_model = {name: BatchScores(**scores) for name, scores in whole["batch"].pop("by_model").items()}
+    return Experience(**(whole | {"batch": Batch(**whole["batch"], by_model=by_model)}))
 
 
 def _config(folder: Path) -> Any:

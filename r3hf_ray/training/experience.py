@@ -1,8 +1,8 @@
 """From a scored batch to what PPO trains on: evaluation, rewards in their units and summed, advantages."""
 
 import operator
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -17,7 +17,7 @@ from r3hf_ray.algorithms.advantages import (
     rloo_advantages,
     whole_returns,
 )
-from r3hf_ray.algorithms.batching import Batch, BatchScores, masked_filler, microbatches
+from r3hf_ray.algorithms.batching import Batch, BatchScores, chosen_rows, masked_filler, microbatches
 from r3hf_ray.algorithms.losses import importance_weights
 from r3hf_ray.algorithms.masking import moments, whiten
 from r3hf_ray.algorithms.redistribution import settle_eos_jump, telescoping_error
@@ -26,7 +26,6 @@ from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import TelescopingError
 from r3hf_ray.models.sharding import all_gather_rows, all_reduce_max, all_reduce_sum
 from r3hf_ray.models.values import state_values
-from r3hf_ray.training.ppo_losses import LossInputs
 
 TELESCOPING_TOLERANCE = 1e-4
 """Largest relative error of a response's reward sum; float32 gives 1e-7, a shift by one token 1e-2 and more."""
@@ -40,24 +39,27 @@ class RewardScale:
     scale: float = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """What policy and critic say of a batch before the step. ``[B, T]``, 0 outside the response."""
-
-    logprobs: Float[Tensor, "B T"]
-    """Of the sampled tokens. [nats]"""
-    entropy: Float[Tensor, "B T"]
-    """Of the distribution each token was drawn from. [nats]"""
-    values: Float[Tensor, "B T"]
-    """0 without a critic."""
+Seen = tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"]]
+"""What `evaluate` gives: logprobs, entropy and values of `Experience`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experience:
-    """A batch after the learner looked at it: everything that is logged, sampled or trained on. ``[B, T]``."""
+    """A batch after the learner looked at it: everything that is logged, sampled or trained on, without a gradient.
+
+    ``[B, T]``, 0 outside the response.
+
+    Example, a response of 2 tokens to a prompt of 2: ``batch.response_mask=[[0, 0, 1, 1]]``,
+    ``logprobs=[[0, 0, -0.1, -1.3]]``, ``advantages=[[0, 0, 0.3, 2.0]]``, ``whitened=[[0, 0, -0.7, 1.2]]``.
+    """
 
     batch: Batch
-    seen: Evaluation
+    logprobs: Float[Tensor, "B T"]
+    """Of the sampled tokens, by the policy at the start of the PPO step: PPO's *old*. [nats]"""
+    entropy: Float[Tensor, "B T"]
+    """Of the distribution each token was drawn from. [nats]"""
+    values: Float[Tensor, "B T"]
+    """Of the critic at the start of the PPO step; 0 without one."""
     parts: dict[str, Float[Tensor, "B T"]]
     """Each model's scaled rewards times its weight, by name; the cost's have the opposite sign of the cost."""
     rewards: Float[Tensor, "B T"]
@@ -66,16 +68,29 @@ class Experience:
     """`rewards` minus the KL penalty, where that is inside the reward."""
     advantages: Float[Tensor, "B T"]
     """Before whitening."""
+    whitened: Float[Tensor, "B T"]
+    """As the loss uses them: advantages whitened by the moments of all ranks, where `ppo.whiten_advantages` is on."""
     returns: Float[Tensor, "B T"]
+    """Targets of the critic."""
     importance: Float[Tensor, "B T"]
+    """Off-policy weights; 1 on the response without `ppo.importance_cap`."""
     kl_price: Float[Tensor, "B T"]
     """Of the KL inside the loss; 0 where it is inside the reward. [scaled reward a nat]"""
     telescoping_error: Float[Tensor, "B"]
     """The largest over models."""
 
+    def rows(self, index: Sequence[int]) -> "Experience":
+        """The rows ``index`` (at least one), in that order, trimmed to the longest of them."""
+        return chosen_rows(self, index, self.batch.attention_mask)
+
+    def filler(self) -> "Experience":
+        """One short row without a response token: it joins the other ranks' collectives and adds exactly 0."""
+        row = self.rows([int(self.batch.attention_mask.sum(1).argmin())])
+        return replace(row, batch=masked_filler(row.batch))
+
 
 @torch.no_grad()
-def evaluate(policy: nn.Module, critic: nn.Module | None, batch: Batch, config: PPOConfig) -> Evaluation:
+def evaluate(policy: nn.Module, critic: nn.Module | None, batch: Batch, config: PPOConfig) -> Seen:
     """Run the models on the batch, in microbatches of the training's size. A collective: ranks agree on how many."""
     groups = microbatches(batch.lengths, budget_tokens=config.ppo.microbatch_tokens)
     count = int(all_reduce_max(torch.tensor(len(groups), device=batch.token_ids.device)))
@@ -89,7 +104,7 @@ def evaluate(policy: nn.Module, critic: nn.Module | None, batch: Batch, config: 
         if index:
             for whole, part in ((logprobs, chosen), (entropy, spread), (values, before)):
                 whole[index, : part.shape[1]] = part
-    return Evaluation(logprobs=logprobs, entropy=entropy, values=values)
+    return logprobs, entropy, values
 
 
 def require_telescoping(batch: Batch, config: PPOConfig) -> Float[Tensor, "B"]:
@@ -120,7 +135,7 @@ def require_telescoping(batch: Batch, config: PPOConfig) -> Float[Tensor, "B"]:
 
 def make_experience(
     batch: Batch,
-    seen: Evaluation,
+    seen: Seen,
     error: Float[Tensor, "B"],
     config: PPOConfig,
     *,
@@ -133,7 +148,7 @@ def make_experience(
     (arXiv 2411.08302, Eq. 6 to 8, and with a cost its safety task, of which ``1/2 (r - c)`` is the sum with weights
     1/2 and -1/2.)
 
-    A collective where advantages compare the samples of a prompt.
+    A collective, since advantages are whitened, and compare the samples of a prompt, over all ranks.
 
     Args:
         batch: with rewards in the reward model's units.
@@ -148,6 +163,7 @@ def make_experience(
         ValueError: the batch was not scored by the models of the run.
     """
     mask, reward, ppo = batch.response_mask, config.reward, config.ppo
+    logprobs, entropy, values = seen
     parts = _parts(batch, config, scales, multiplier)
     rewards = reduce(operator.add, parts.values())
     rewards = missing_eos(rewards, mask, batch.truncated, rule=reward.missing_eos, penalty=reward.missing_eos_penalty)
@@ -155,19 +171,22 @@ def make_experience(
     total = rewards
     if in_reward:
         total = kl_penalized_rewards(
-            rewards, seen.logprobs, batch.ref_logprobs, mask, kl_coef=kl_coef, estimator=ppo.kl_estimator
+            rewards, logprobs, batch.ref_logprobs, mask, kl_coef=kl_coef, estimator=ppo.kl_estimator
         )
-    advantages, returns = _advantages(total, seen.values, batch, config)
+    advantages, returns = _advantages(total, values, batch, config)
     importance = mask.to(rewards.dtype)
     if ppo.importance_cap is not None:
-        importance = importance_weights(seen.logprobs, batch.behavior_logprobs, mask, cap=ppo.importance_cap)
+        importance = importance_weights(logprobs, batch.behavior_logprobs, mask, cap=ppo.importance_cap)
     return Experience(
         batch=batch,
-        seen=seen,
+        logprobs=logprobs,
+        entropy=entropy,
+        values=values,
         parts=parts,
         rewards=rewards,
         total_rewards=total,
         advantages=advantages,
+        whitened=_whitened(advantages, mask) if ppo.whiten_advantages else advantages,
         returns=returns,
         importance=importance,
         kl_price=mask.to(rewards.dtype) * (0.0 if in_reward else kl_coef),
@@ -223,21 +242,5 @@ def _advantages(
     return relative(to_go, mask, batch.prompt_ids, everyone), to_go
 
 
-def loss_inputs(experience: Experience, *, whiten_advantages: bool) -> LossInputs:
-    """What the losses read, advantages whitened by the moments of all ranks. A collective."""
-    batch, advantages = experience.batch, experience.advantages
-    if whiten_advantages:
-        everywhere = all_reduce_sum(moments(advantages, batch.response_mask))
-        advantages = whiten(advantages, batch.response_mask, everywhere)
-    return LossInputs(
-        token_ids=batch.token_ids,
-        attention_mask=batch.attention_mask,
-        response_mask=batch.response_mask,
-        old_logprobs=experience.seen.logprobs,
-        old_values=experience.seen.values,
-        advantages=advantages,
-        returns=experience.returns,
-        importance=experience.importance,
-        ref_logprobs=batch.ref_logprobs,
-        kl_price=experience.kl_price,
-    )
+def _whitened(advantages: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    return whiten(advantages, mask, all_reduce_sum(moments(advantages, mask)))

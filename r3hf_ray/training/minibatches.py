@@ -7,7 +7,7 @@ import torch
 
 from r3hf_ray.algorithms.batching import microbatches
 from r3hf_ray.models.sharding import all_reduce_max, all_reduce_sum
-from r3hf_ray.training.ppo_losses import LossInputs
+from r3hf_ray.training.experience import Experience
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,15 +15,16 @@ class Minibatch:
     """One optimizer step as this rank sees it.
 
     Example, on a rank with rows 0 and 3 of it where another rank needs two forwards:
-    ``Minibatch(epoch=0, number=1, rows=[0, 3], inputs=[rows 3 and 0, a filler], num_tokens=180, num_responses=5)``.
+    ``Minibatch(epoch=0, number=1, rows=[0, 3], microbatches=[rows 3 and 0, a filler], num_tokens=180,
+    num_responses=5)``.
     """
 
     epoch: int
     number: int
     rows: list[int]
     """This rank's rows of the batch; may be none."""
-    inputs: list[LossInputs]
-    """Microbatches, as many on every rank; the last may be fillers."""
+    microbatches: list[Experience]
+    """As many on every rank; the last may be fillers."""
     num_tokens: int
     """Response tokens over all ranks."""
     num_responses: int
@@ -31,36 +32,37 @@ class Minibatch:
 
 
 def plan_minibatches(
-    inputs: LossInputs, minibatch_of: Sequence[Sequence[int]], *, count: int, budget_tokens: int
+    experience: Experience, minibatch_of: Sequence[Sequence[int]], *, count: int, budget_tokens: int
 ) -> Iterator[Minibatch]:
     """All optimizer steps of a batch. A collective at its start: ranks agree on tokens and microbatches of each.
 
     Args:
-        inputs: this rank's rows.
+        experience: this rank's rows.
         minibatch_of: for each epoch, the minibatch of each row.
         count: minibatches of an epoch.
         budget_tokens: padded tokens of a microbatch.
     """
-    lengths = inputs.attention_mask.sum(1).tolist()
+    batch = experience.batch
+    lengths = batch.lengths
     rows = [
         [row for row, its in enumerate(assignment) if its == number]
         for assignment in minibatch_of
         for number in range(count)
     ]
     groups = [microbatches([lengths[row] for row in chosen], budget_tokens=budget_tokens) for chosen in rows]
-    responses = inputs.token_ids.new_tensor([len(chosen) for chosen in rows])
-    tokens = torch.stack([inputs.response_mask[chosen].sum() for chosen in rows])
+    responses = batch.token_ids.new_tensor([len(chosen) for chosen in rows])
+    tokens = torch.stack([batch.response_mask[chosen].sum() for chosen in rows])
     num_tokens, num_responses = all_reduce_sum(torch.stack([tokens, responses])).tolist()
-    forwards = torch.tensor([len(group) for group in groups], device=inputs.token_ids.device)
+    forwards = torch.tensor([len(group) for group in groups], device=batch.token_ids.device)
     for index, wanted in enumerate(all_reduce_max(forwards).tolist()):
         epoch, number = divmod(index, count)
-        shares = [inputs.rows([rows[index][i] for i in group]) for group in groups[index]]
-        shares += [inputs.filler() for _ in range(wanted - len(shares))]
+        shares = [experience.rows([rows[index][i] for i in group]) for group in groups[index]]
+        shares += [experience.filler() for _ in range(wanted - len(shares))]
         yield Minibatch(
             epoch=epoch,
             number=number,
             rows=rows[index],
-            inputs=shares,
+            microbatches=shares,
             num_tokens=max(num_tokens[index], 1),
             num_responses=max(num_responses[index], 1),
         )

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from r3hf_ray.algorithms.advantages import next_kl_coef
-from r3hf_ray.algorithms.batching import Batch, collate
+from r3hf_ray.algorithms.batching import collate
 from r3hf_ray.algorithms.lagrange import next_multiplier
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import DivergenceError, TelescopingError
@@ -36,14 +36,13 @@ from r3hf_ray.training.experience import (
     Experience,
     RewardScale,
     evaluate,
-    loss_inputs,
     make_experience,
     require_telescoping,
 )
 from r3hf_ray.training.guard_rails import WATCHED, length_drift
 from r3hf_ray.training.minibatches import Minibatch, plan_minibatches
 from r3hf_ray.training.optimizers import adamw
-from r3hf_ray.training.ppo_losses import LossInputs, Share, critic_share, policy_divisor, policy_share
+from r3hf_ray.training.ppo_losses import LossShare, critic_share, policy_divisor, policy_share
 from r3hf_ray.training.ppo_metrics import experience_metrics, reduce_named, token_rows
 from r3hf_ray.types import COST, MAIN, ScoredTrajectory
 from r3hf_ray.user_functions import user_function
@@ -126,11 +125,12 @@ class PPOLearner:
         with self._timed("advantage"):
             prices = {"kl_coef": self.kl_coef, "multiplier": self.multiplier}
             experience = make_experience(batch, seen, error, self.config, scales=self.scales, **prices)
-            inputs = loss_inputs(experience, whiten_advantages=self.config.ppo.whiten_advantages)
         ppo = self.config.ppo
-        minibatches = plan_minibatches(inputs, minibatch_of, count=ppo.minibatches, budget_tokens=ppo.microbatch_tokens)
-        steps = [self._optimizer_step(minibatch, batch, inputs) for minibatch in minibatches]
-        metrics = experience_metrics(experience, inputs, self.config, step=self.step)
+        minibatches = plan_minibatches(
+            experience, minibatch_of, count=ppo.minibatches, budget_tokens=ppo.microbatch_tokens
+        )
+        steps = [self._optimizer_step(minibatch, experience) for minibatch in minibatches]
+        metrics = experience_metrics(experience, self.config, step=self.step)
         self.first = self.first or {name: metrics[name] for name in WATCHED}
         metrics["rollout/length_drift"] = length_drift(metrics, self.first)
         metrics |= {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
@@ -208,7 +208,7 @@ class PPOLearner:
                 checkpoint_activations(module)
             shard(module, mesh, blocks=learner.shard_blocks, dtype=DTYPES[learner.dtype], keep_float32=head)
 
-    def _optimizer_step(self, minibatch: Minibatch, batch: Batch, inputs: LossInputs) -> dict[str, float]:
+    def _optimizer_step(self, minibatch: Minibatch, experience: Experience) -> dict[str, float]:
         """Both backward passes, then both steps, so that a capsule holds both models as the losses saw them."""
         sums: dict[str, Tensor] = {}
         norms: dict[str, float] = {}
@@ -222,7 +222,7 @@ class PPOLearner:
         metrics |= {f"{name}/loss": added[f"{name}/loss"][0] for name in norms}
         metrics |= {f"{name}/grad_norm": norm for name, norm in norms.items()}
         metrics["policy/ratio/mean"] = metrics.pop("policy/ratio")
-        self._require_finite(metrics, minibatch, batch, inputs)
+        self._require_finite(metrics, minibatch, experience)
         rate = self._warmup()
         for name, module in self._modules().items():
             with self._timed(f"train_{name}"):
@@ -230,7 +230,7 @@ class PPOLearner:
         self._optimizer_steps += 1
         return metrics | {"policy/lr": self.config.optimizer.policy_lr * rate}
 
-    def _share_of(self, name: str, minibatch: Minibatch) -> tuple[Callable[..., Share], int]:
+    def _share_of(self, name: str, minibatch: Minibatch) -> tuple[Callable[..., LossShare], int]:
         """A model's loss, and what it is divided by."""
         tokens, responses = minibatch.num_tokens, minibatch.num_responses
         if name == "critic":
@@ -238,12 +238,12 @@ class PPOLearner:
         return policy_share, policy_divisor(self.config, num_tokens=tokens, num_responses=responses)
 
     def _backward(
-        self, module: nn.Module, share: Callable[..., Share], divisor: int, minibatch: Minibatch
+        self, module: nn.Module, share: Callable[..., LossShare], divisor: int, minibatch: Minibatch
     ) -> tuple[dict[str, Tensor], float]:
         """Gradients of all microbatches; sums of this rank's metrics, and the global gradient norm."""
         sums: dict[str, Tensor] = {}
-        for inputs in minibatch.inputs:
-            loss, metrics = share(module, inputs, self.config, divisor)
+        for microbatch in minibatch.microbatches:
+            loss, metrics = share(module, microbatch, self.config, divisor)
             loss.backward()
             for name, value in (metrics | {"loss": loss.detach()}).items():
                 known = sums.get(name, torch.zeros_like(value))
@@ -257,9 +257,7 @@ class PPOLearner:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def _require_finite(
-        self, metrics: dict[str, float], minibatch: Minibatch, batch: Batch, inputs: LossInputs
-    ) -> None:
+    def _require_finite(self, metrics: dict[str, float], minibatch: Minibatch, experience: Experience) -> None:
         watched = {name: value for name, value in metrics.items() if name.endswith(("/loss", "/grad_norm"))}
         if all(math.isfinite(value) for value in watched.values()):
             return
@@ -270,8 +268,7 @@ class PPOLearner:
             config=self.config,
             policy=self.policy,
             critic=self.critic,
-            inputs=inputs.rows(minibatch.rows) if minibatch.rows else None,
-            batch=batch.rows(minibatch.rows) if minibatch.rows else None,
+            experience=experience.rows(minibatch.rows) if minibatch.rows else None,
             facts=place
             | watched
             | {"num_tokens": minibatch.num_tokens, "num_responses": minibatch.num_responses}

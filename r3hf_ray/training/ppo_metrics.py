@@ -14,7 +14,6 @@ from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.models.sharding import all_reduce_max, all_reduce_sum
 from r3hf_ray.training.experience import Experience
-from r3hf_ray.training.ppo_losses import LossInputs
 from r3hf_ray.types import COST, MAIN, ScoredTrajectory
 
 GoldCredit = Callable[[str, list[str]], Sequence[float]]
@@ -55,25 +54,24 @@ def reduce_named(sums: dict[str, Tensor], maxima: dict[str, Tensor]) -> tuple[di
     )
 
 
-def experience_metrics(experience: Experience, inputs: LossInputs, config: PPOConfig, *, step: int) -> dict[str, float]:
+def experience_metrics(experience: Experience, config: PPOConfig, *, step: int) -> dict[str, float]:
     """Everything that the data alone says. A collective.
 
     Args:
         experience: this rank's share.
-        inputs: the same as the losses read it.
         config: of the run.
         step: PPO steps done before this one, which is the learner's weights version.
     """
     batch, mask = experience.batch, experience.batch.response_mask
     lengths = mask.sum(1)
-    drift = experience.seen.logprobs - batch.behavior_logprobs
+    drift = experience.logprobs - batch.behavior_logprobs
     lag = (step - batch.policy_versions).float()
     tokens, responses = _token_columns(experience), _response_columns(experience, lag)
     everyone = torch.ones_like(batch.truncated)[:, None]
     sums = {name: moments(x, mask) for name, x in tokens.items()}
     sums |= {name: moments(x[:, None], everyone) for name, x in responses.items()}
     sums["credit"] = _credit_sums(batch, experience.rewards)
-    sums["positive"] = masked_sum((inputs.advantages > 0.0).double(), mask)[None]
+    sums["positive"] = masked_sum((experience.whitened > 0.0).double(), mask)[None]
     sums["product"] = masked_sum(tokens["position"] * experience.rewards, mask)[None]
     sums["absdrift"] = masked_sum(drift.abs(), mask)[None]
     maxima = {
@@ -110,11 +108,11 @@ def _token_columns(experience: Experience) -> dict[str, Tensor]:
         "reward": experience.rewards,
         "advantage": experience.advantages,
         "return": experience.returns,
-        "value": experience.seen.values,
-        "residual": experience.returns - experience.seen.values,
-        "entropy": experience.seen.entropy,
-        "ref_kl": experience.seen.logprobs - batch.ref_logprobs,
-        "drift": experience.seen.logprobs - batch.behavior_logprobs,
+        "value": experience.values,
+        "residual": experience.returns - experience.values,
+        "entropy": experience.entropy,
+        "ref_kl": experience.logprobs - batch.ref_logprobs,
+        "drift": experience.logprobs - batch.behavior_logprobs,
         "importance": experience.importance,
         "position": (batch.response_mask.cumsum(1) - 1).to(experience.rewards.dtype),
     }
@@ -229,11 +227,11 @@ def token_rows(
     batch = experience.batch
     columns = {
         "reward": experience.rewards,
-        "kl": experience.seen.logprobs - batch.ref_logprobs,
-        "value": experience.seen.values,
+        "kl": experience.logprobs - batch.ref_logprobs,
+        "value": experience.values,
         "advantage": experience.advantages,
         "prefix_score": batch.main.prefix_scores,
-        "logprob": experience.seen.logprobs,
+        "logprob": experience.logprobs,
     }
     if len(batch.by_model) > 1:
         columns |= {f"reward/{name}": part for name, part in experience.parts.items()}

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r3hf_ray.algorithms.batching import collate, masked_filler, microbatches, pad_rows
+from r3hf_ray.algorithms.batching import collate, masked_filler, microbatches, pad_rows, tensors_of
 from r3hf_ray.types import MAIN, Finish, ModelScores, ScoredTrajectory, Trajectory
 
 PER_TOKEN = ["behavior_logprobs", "ref_logprobs", "by_model.reward.token_rewards", "by_model.reward.prefix_scores"]
@@ -64,7 +64,7 @@ def test_collate_round_trip():
         )
         sources = [trajectory.behavior_logprobs, item.ref_logprobs, item.main.token_rewards, item.main.prefix_scores]
         for name, source in zip(PER_TOKEN, sources, strict=True):
-            np.testing.assert_array_equal(batch.tensors()[name][b, :length], source)
+            np.testing.assert_array_equal(tensors_of(batch)[name][b, :length], source)
     np.testing.assert_array_equal(batch.main.score, np.float32([i.main.score for i in items]))
     np.testing.assert_array_equal(batch.main.prompt_score, np.float32([i.main.prompt_score for i in items]))
     assert batch.truncated.tolist() == [False, False, True, False]
@@ -76,7 +76,7 @@ def test_collate_round_trip():
 def test_everything_per_token_is_exactly_zero_outside_the_response():
     batch = collate(example(), pad_id=0)
     for name in PER_TOKEN:
-        outside = batch.tensors()[name][~batch.response_mask]
+        outside = tensors_of(batch)[name][~batch.response_mask]
         assert torch.equal(outside, torch.zeros_like(outside))
 
 
@@ -85,14 +85,14 @@ def test_rows_are_the_collation_of_the_chosen_trajectories(index):
     items = example()
     chosen, direct = collate(items, pad_id=0).rows(index), collate([items[1], items[3]], pad_id=0)
     assert chosen.token_ids.shape == (2, 6)
-    for name, x in chosen.tensors().items():
-        assert torch.equal(x, direct.tensors()[name]), name
+    for name, x in tensors_of(chosen).items():
+        assert torch.equal(x, tensors_of(direct)[name]), name
 
 
 def test_rows_keep_the_order_asked_for_and_to_moves_every_tensor():
     batch = collate(example(), pad_id=0)
     assert batch.rows([3, 0, 2]).prompt_ids.tolist() == [103, 100, 102]
-    assert all(x.is_meta for x in batch.to("meta").tensors().values())
+    assert all(x.is_meta for x in tensors_of(batch.to("meta")).values())
 
 
 def with_cost(items):
@@ -125,10 +125,10 @@ def test_further_models_go_wherever_the_main_one_goes():
     assert torch.equal(cost.scores.prefix, -main.prefix_scores)
     assert torch.equal(cost.scores.prompt, main.prompt_score / 2)
     assert batch.alignment_loss.tolist() == [0.0, 0.25, 0.5, 0.75]
-    chosen, direct = batch.rows([3, 1]).tensors(), collate([items[3], items[1]], pad_id=0).tensors()
+    chosen, direct = tensors_of(batch.rows([3, 1])), tensors_of(collate([items[3], items[1]], pad_id=0))
     assert chosen.keys() == direct.keys() >= {"by_model.cost.score", "by_model.reward.score"}
     assert all(torch.equal(x, direct[name]) for name, x in chosen.items())
-    assert all(x.is_meta for x in batch.to("meta").tensors().values())
+    assert all(x.is_meta for x in tensors_of(batch.to("meta")).values())
     filler = masked_filler(batch).by_model["cost"]
     assert not filler.token_rewards.any() and not filler.prefix_scores.any()
 
@@ -151,7 +151,7 @@ def test_a_filler_is_one_short_row_with_nothing_to_learn_from():
     assert filler.token_ids.tolist() == batch.token_ids[1:2, :5].tolist()
     assert filler.attention_mask.all()
     assert not filler.response_mask.any()
-    assert not any(filler.tensors()[name].any() for name in PER_TOKEN)
+    assert not any(tensors_of(filler)[name].any() for name in PER_TOKEN)
 
 
 def test_the_example_of_microbatches():

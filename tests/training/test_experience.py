@@ -14,7 +14,7 @@ from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import DivergenceError, TelescopingError
 from r3hf_ray.models.sharding import make_mesh
 from r3hf_ray.records.metrics import describe
-from r3hf_ray.training.experience import Evaluation, RewardScale, loss_inputs, make_experience, require_telescoping
+from r3hf_ray.training.experience import RewardScale, Seen, make_experience, require_telescoping
 from r3hf_ray.training.ppo import PPOLearner, replay_capsule
 from r3hf_ray.types import MAIN, Finish, ModelScores, ScoredTrajectory, Trajectory
 
@@ -65,9 +65,9 @@ def configuration(**sections) -> PPOConfig:
     return PPOConfig(**{name: given.get(name, {}) | sections.get(name, {}) for name in given.keys() | sections.keys()})
 
 
-def seen(batch: Batch) -> Evaluation:
+def seen(batch: Batch) -> Seen:
     gap = 0.25 * batch.response_mask
-    return Evaluation(logprobs=batch.ref_logprobs + gap, entropy=gap, values=torch.zeros_like(gap))
+    return batch.ref_logprobs + gap, gap, torch.zeros_like(gap)
 
 
 def experience(config: PPOConfig, items=ALL, *, kl_coef=0.0, mean=0.0, scale=1.0, further=None, multiplier=0.0):
@@ -125,11 +125,9 @@ def test_kl_in_the_loss_leaves_the_reward_alone_and_carries_its_price():
     config = configuration(ppo={"kl_in": "loss"})
     exp = experience(config, kl_coef=0.3)
     assert torch.equal(exp.total_rewards, exp.rewards)
-    inputs = loss_inputs(exp, whiten_advantages=False)
-    torch.testing.assert_close(inputs.kl_price, 0.3 * exp.batch.response_mask)
-    assert torch.equal(inputs.ref_logprobs, exp.batch.ref_logprobs)
-    assert not inputs.filler().kl_price.any()
-    assert not loss_inputs(experience(configuration(), kl_coef=0.3), whiten_advantages=False).kl_price.any()
+    torch.testing.assert_close(exp.kl_price, 0.3 * exp.batch.response_mask)
+    assert not exp.filler().batch.response_mask.any()
+    assert not experience(configuration(), kl_coef=0.3).kl_price.any()
 
 
 @pytest.mark.parametrize(("estimator", "price"), [("k1", 0.25), ("k2", 0.25**2 / 2), ("k3", np.exp(-0.25) - 0.75)])
@@ -392,10 +390,10 @@ def test_a_capsule_holds_what_every_model_said(tiny_models, tmp_path):
     with pytest.raises(DivergenceError):
         ppo.update(items, minibatch_of=PLANS)
     (file,) = (tmp_path / "step_000000").glob("batch_*.safetensors")
-    assert {"given.by_model.cost.token_rewards", "given.by_model.brevity.score"} <= load_file(file).keys()
+    assert {"batch.by_model.cost.token_rewards", "batch.by_model.brevity.score"} <= load_file(file).keys()
     content = json.loads((tmp_path / "step_000000" / "capsule.json").read_text())
     assert content["multiplier"] == 1.0 and content["scales"]["cost"] == {"mean": -2.0, "scale": 0.5}
-    assert "batch_rank_00000: given.ref_logprobs" in replay_capsule(tmp_path / "step_000000").non_finite
+    assert "batch_rank_00000: batch.ref_logprobs" in replay_capsule(tmp_path / "step_000000").non_finite
 
 
 def test_a_weighted_reward_model_is_a_critic_in_the_same_units(tiny_models):

@@ -323,7 +323,7 @@ def test_divergence_is_raised_before_the_step_and_replays(tiny_models, tmp_path)
         ppo.update(items, minibatch_of=minibatch_of)
     assert ppo.step == 0 and all((weights(ppo)[name] == x).all() for name, x in before.items())
     replay = replay_capsule(tmp_path / "step_000000")
-    assert "batch_rank_00000: given.ref_logprobs" in replay.non_finite
+    assert replay.non_finite[0] == "batch_rank_00000: batch.ref_logprobs", "the cause comes first"
     assert {"policy loss", "critic loss"} <= set(replay.non_finite)
     assert np.isnan(replay.policy_loss)
     content = json.loads((tmp_path / "step_000000" / "capsule.json").read_text())

@@ -6,7 +6,7 @@ import torch
 
 from r3hf_ray.algorithms.batching import collate
 from r3hf_ray.errors import ConfigError
-from r3hf_ray.training.experience import Evaluation, Experience
+from r3hf_ray.training.experience import Experience
 from r3hf_ray.training.ppo_metrics import token_rows
 from r3hf_ray.types import MAIN, Finish, ModelScores, ScoredTrajectory, Trajectory
 
@@ -43,11 +43,14 @@ def given():
     zeros = torch.zeros_like(batch.ref_logprobs)
     experience = Experience(
         batch=batch,
-        seen=Evaluation(logprobs=zeros, entropy=zeros, values=zeros),
+        logprobs=zeros,
+        entropy=zeros,
+        values=zeros,
         parts={},
         rewards=zeros,
         total_rewards=zeros,
         advantages=zeros,
+        whitened=zeros,
         returns=zeros,
         importance=zeros,
         kl_price=zeros,

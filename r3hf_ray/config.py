@@ -1,23 +1,9 @@
-"""Frozen configuration: one schema a command, sections from `sections/`, TOML in, dotted overrides on top (layer 0).
+"""Frozen configuration: one schema a job, sections from `sections/`, and the rules between fields (floor 0)."""
 
-Sources are the command line over the TOML file and nothing else: the environment is not read, because ``RUN=x`` in a
-shell would then break or silently override a run. Every problem becomes one line, ``file: section.field: what``.
-"""
+from typing import ClassVar, Literal
 
-import tomllib
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from pydantic import model_validator
 
-from pydantic import ValidationError, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    CliSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
-
-from r3hf_ray.errors import ConfigError
 from r3hf_ray.sections.actors import LearnerSection, RolloutSection, TrainerSection, WeightsSection
 from r3hf_ray.sections.data import DataSection
 from r3hf_ray.sections.models import BaseModelSection, CostSection, ModelSection
@@ -25,31 +11,14 @@ from r3hf_ray.sections.ppo import CriticSection, OptimizerSection, PPOSection
 from r3hf_ray.sections.rewards import RewardSection
 from r3hf_ray.sections.runs import EvaluationSection, RunSection, TrackingSection
 from r3hf_ray.sections.stages import RewardTrainingSection, SFTSection
+from r3hf_ray.settings import Command
 from r3hf_ray.types import MAIN
 
 
-class Command(BaseSettings):
-    """Base of the command schemas: only how the sources are read."""
-
-    model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, cli_avoid_json=True, cli_hide_none_type=True
-    )
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Only what is given in code: `load` passes the TOML and the command line."""
-        return (init_settings,)
-
-
 class SFTConfig(Command):
-    """`r3hf sft`: the initial policy."""
+    """Train the initial policy on chats."""
+
+    command: ClassVar[str] = "sft"
 
     run: RunSection
     model: BaseModelSection
@@ -60,7 +29,9 @@ class SFTConfig(Command):
 
 
 class RewardConfig(Command):
-    """`r3hf reward`: a reward model from preferences."""
+    """Train a reward model from preferences."""
+
+    command: ClassVar[str] = "reward"
 
     run: RunSection
     model: BaseModelSection
@@ -71,7 +42,9 @@ class RewardConfig(Command):
 
 
 class PPOConfig(Command):
-    """`r3hf ppo`: PPO with token-level redistributed rewards."""
+    """PPO with token-level redistributed rewards."""
+
+    command: ClassVar[str] = "ppo"
 
     run: RunSection
     model: ModelSection
@@ -232,51 +205,3 @@ class PPOConfig(Command):
                 "nothing stands in for a critic",
             ),
         ]
-
-
-C = TypeVar("C", bound=Command)
-
-
-def load(schema: type[C], path: Path, overrides: list[str]) -> C:
-    """Read a TOML file and put dotted command-line overrides (`--ppo.steps 3`) over it.
-
-    Raises:
-        ConfigError: a missing or unreadable file, an unknown field, a wrong type, or a broken rule between fields;
-            one line per problem, `file: section.field: what`.
-    """
-    try:
-        return schema(_cli_settings_source=_command_line(schema, overrides), **_read_toml(path))  # type: ignore[call-arg]
-    except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'settings'}: {_sentence(e)}" for e in error.errors()]
-        raise ConfigError("\n".join(lines)) from None
-    except SettingsError as error:
-        raise ConfigError(
-            f"command line: {' '.join(str(error).split())} (r3hf COMMAND --help lists every field)"
-        ) from None
-
-
-def print_fields(schema: type[Command], program: str) -> None:
-    """Print every field of a command with its type, default and meaning."""
-    _command_line(schema, [], program).root_parser.print_help()
-
-
-def _command_line(schema: type[Command], overrides: list[str], program: str = "r3hf") -> Any:
-    return CliSettingsSource(schema, cli_parse_args=overrides, cli_exit_on_error=False, cli_prog_name=program)
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; name a TOML file, as in jobs/") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
-
-
-def _sentence(error: Any) -> str:
-    if error["type"] == "extra_forbidden":
-        return "no such field; check the spelling (r3hf COMMAND --help lists every field)"
-    if error["type"] == "missing":
-        return "must be set"
-    message = error["msg"].removeprefix("Value error, ")
-    return message if error["type"] == "value_error" else f"{message}; got {error['input']!r}"

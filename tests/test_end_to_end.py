@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from r3hf_ray.cli import main
-from r3hf_ray.config import PPOConfig, load
+from r3hf_ray.config import PPOConfig
 from r3hf_ray.instruments.compare.arm_runs import PlannedRun
 from r3hf_ray.instruments.compare.screening import screened
 from r3hf_ray.instruments.toy.settings import ToySection
@@ -45,6 +45,7 @@ from r3hf_ray.records.jsonl import read_jsonl
 from r3hf_ray.records.metrics import read_metrics
 from r3hf_ray.records.samples import sample_steps
 from r3hf_ray.session import ray_session
+from r3hf_ray.settings import load
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

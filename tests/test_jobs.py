@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from r3hf_ray.config import Command, PPOConfig, RewardConfig, SFTConfig, load
+from r3hf_ray.config import PPOConfig, RewardConfig, SFTConfig
 from r3hf_ray.data.records import parse
 from r3hf_ray.data.sources import LOCAL_SUFFIXES
 from r3hf_ray.instruments.compare.comparison import plan_runs
 from r3hf_ray.instruments.compare.settings import CompareConfig
+from r3hf_ray.settings import Command, load
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted((ROOT / "jobs").rglob("*.toml"))

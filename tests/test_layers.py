@@ -12,13 +12,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "r3hf_ray"
 
 LAYERS = {
-    "errors": 0, "types": 0, "config": 0, "sections": 0, "draws": 0, "methods": 0, "user_functions": 0,
+    "errors": 0, "types": 0, "config": 0, "settings": 0, "sections": 0, "draws": 0, "methods": 0, "user_functions": 0,
     "algorithms": 1,
     "models": 2, "data": 2, "scoring": 2, "training": 2, "weights": 2,
     "weights/object_ref": 3, "weights/nccl": 3, "weights/in_process": 3, "scoring/vllm_reader": 3, "actors": 3,
     "driver": 4, "session": 4, "prepare": 4, "preflight": 4, "actor_settings": 4, "records": 4,
     "instruments": 5,
-    "cli": 6, "__main__": 6,
+    "cli": 6, "flags": 6, "help_pages": 6, "__main__": 6,
 }  # fmt: skip
 """Floor of each room, and of a file that stands on another floor than its room."""
 THIRD_PARTY = [

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from r3hf_ray.config import Command, PPOConfig, RewardConfig, SFTConfig, load
+from r3hf_ray.config import PPOConfig, RewardConfig, SFTConfig
+from r3hf_ray.settings import Command, load
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from r3hf_ray.config import PPOConfig, load
+from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import seed_of
 from r3hf_ray.driver import RunResult, run_ppo
 from r3hf_ray.errors import ConfigError
@@ -21,6 +21,7 @@ from r3hf_ray.instruments.toy.measure import CreditQuality, reward_model_credit
 from r3hf_ray.instruments.toy.settings import ToySection
 from r3hf_ray.instruments.toy.trained_models import ToyModels
 from r3hf_ray.session import ray_session
+from r3hf_ray.settings import load
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 GOLD_BAR = 3.0

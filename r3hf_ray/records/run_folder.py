@@ -6,10 +6,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from r3hf_ray.config import Command, load
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.records.metrics import next_attempt
 from r3hf_ray.sections.runs import RunSection
+from r3hf_ray.settings import Command, load
 
 PPO_MAY_CHANGE = frozenset(
     {

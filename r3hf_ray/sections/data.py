@@ -4,6 +4,20 @@ from typing import Literal
 
 from r3hf_ray.sections.fields import NonNegative, Positive, Section
 
+RowFormat = Literal[
+    "auto",
+    "messages",
+    "preference",
+    "hh",
+    "prompt",
+    "ranked",
+    "safe_rlhf",
+    "safe_rlhf_cost",
+    "tldr_pairs",
+    "nectar",
+]
+"""Shapes of a row that are read."""
+
 
 class DataSection(Section):
     """Where prompts, dialogues or preferences come from."""
@@ -16,18 +30,7 @@ class DataSection(Section):
     """Folder inside a hub dataset, as HH-RLHF has them (`harmless-base`)."""
     split: str = "train"
     """Split of a hub dataset."""
-    format: Literal[
-        "auto",
-        "messages",
-        "preference",
-        "hh",
-        "prompt",
-        "ranked",
-        "safe_rlhf",
-        "safe_rlhf_cost",
-        "tldr_pairs",
-        "nectar",
-    ] = "auto"
+    format: RowFormat = "auto"
     """Shape of a row: `messages` (chat), `preference` (prompt/chosen/rejected), `hh` (chosen/rejected dialogues),
     `prompt` (text), `ranked` (prompt, responses, scores), or a published dataset's own; `safe_rlhf_cost` prefers the
     less safe answer, for a cost model."""

@@ -1,11 +1,11 @@
 """Which models a command reads."""
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from r3hf_ray.sections.fields import FiniteFloat, NonNegativeFloat, PositiveFloat, Section
+from r3hf_ray.sections.fields import FiniteFloat, MetricName, NonNegativeFloat, PositiveFloat, Section
 from r3hf_ray.types import COST, MAIN
 
 
@@ -21,7 +21,7 @@ class BaseModelSection(Section):
 class FurtherModel(Section):
     """A reward model besides the main one."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    name: MetricName
     """Name in metrics and samples (`reward/NAME/score/mean`)."""
     source: str
     """The model, as `model.reward_model`."""

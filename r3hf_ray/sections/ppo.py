@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from r3hf_ray.sections.fields import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from r3hf_ray.sections.fields import BelowOne, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
 
 class PPOSection(Section):
@@ -72,7 +72,7 @@ class OptimizerSection(Section):
     """Learning rate of the policy."""
     critic_lr: PositiveFloat = 1e-3
     """Learning rate of the critic."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Adam's betas."""
     eps: PositiveFloat = 1e-5
     """Adam's epsilon; larger than torch's default, which makes early steps too long."""

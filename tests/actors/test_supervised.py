@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from r3hf_ray.actors.supervised import _new_rows
-from r3hf_ray.config import RewardConfig, SFTConfig, load
+from r3hf_ray.config import RewardConfig, SFTConfig
 from r3hf_ray.data.chat import FORMAT_FILE
 from r3hf_ray.errors import ConfigError, RunFailed
 from r3hf_ray.instruments.toy.language import make_tokenizer
@@ -20,6 +20,7 @@ from r3hf_ray.models.load import load_tokenizer
 from r3hf_ray.prepare import train_reward, train_sft
 from r3hf_ray.records.jsonl import read_jsonl
 from r3hf_ray.records.metrics import read_metrics
+from r3hf_ray.settings import load
 from r3hf_ray.training.ranking import scores_of_prefixes
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

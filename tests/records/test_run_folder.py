@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from r3hf_ray.config import Command, PPOConfig, RewardConfig, SFTConfig, load
+from r3hf_ray.config import PPOConfig, RewardConfig, SFTConfig
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.records.jsonl import JsonlLog
 from r3hf_ray.records.run_folder import PPO_MAY_CHANGE, STAGE_MAY_CHANGE, STAGE_MAY_MOVE, check_run, open_run, to_toml
+from r3hf_ray.settings import Command, load
 
 MODELS = {"policy": "models/policy", "reward_model": "models/reward"}
 

@@ -12,7 +12,7 @@ from typing import Any
 from ray.exceptions import RayError
 from rich.console import Console
 
-from r3hf_ray.config import PPOConfig, load
+from r3hf_ray.config import PPOConfig
 from r3hf_ray.driver import run_ppo, with_absolute_models
 from r3hf_ray.errors import ConfigError, RunFailed, sentence_of
 from r3hf_ray.instruments.compare.arm_runs import MeasuredRun, PlannedRun, is_finished, read_run
@@ -26,6 +26,7 @@ from r3hf_ray.instruments.toy.trained_models import ToyModels
 from r3hf_ray.records.jsonl import JsonlLog, read_jsonl
 from r3hf_ray.records.run_folder import PPO_MAY_CHANGE, check_run
 from r3hf_ray.session import ray_session
+from r3hf_ray.settings import load
 
 EVENTS = "comparison.jsonl"
 """What became of each run at each call, in the comparison's folder."""

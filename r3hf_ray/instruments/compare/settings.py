@@ -1,15 +1,15 @@
 """What `r3hf compare` reads: the arms, their seeds, the models they share, and what is expected of them."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from r3hf_ray.config import Command
 from r3hf_ray.instruments.compare.schedules import parse_schedule
 from r3hf_ray.instruments.toy.settings import Overrides, ToySection
 from r3hf_ray.sections.fields import NonNegative, Positive, PositiveFloat, RunName, Section
 from r3hf_ray.sections.runs import RunSection
+from r3hf_ray.settings import Command
 
 
 def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -84,7 +84,9 @@ class Expectation(Section):
 
 
 class CompareConfig(Command):
-    """`r3hf compare`: arms x seeds, one after another."""
+    """Arms x seeds of a job, one after another, into one page and one table."""
+
+    command: ClassVar[str] = "compare"
 
     run: RunSection
     compare: CompareSection

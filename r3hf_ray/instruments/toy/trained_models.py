@@ -9,12 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from r3hf_ray.config import RewardConfig, SFTConfig, load
+from r3hf_ray.config import RewardConfig, SFTConfig
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.instruments.toy.settings import FurtherRewardModel, ToySection
 from r3hf_ray.instruments.toy.world import make_ranked, make_world
 from r3hf_ray.prepare import StageResult, train_reward, train_sft
 from r3hf_ray.records.run_folder import STAGE_MAY_CHANGE, STAGE_MAY_MOVE, check_run
+from r3hf_ray.settings import load
 
 PROMPT_TOKENS = 16
 """More than a toy prompt has."""

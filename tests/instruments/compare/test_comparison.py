@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from r3hf_ray import cli
-from r3hf_ray.config import PPOConfig, load
+from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import ConfigError, RunFailed
 from r3hf_ray.instruments.compare import comparison
 from r3hf_ray.instruments.compare.arm_runs import PlannedRun
@@ -19,6 +19,7 @@ from r3hf_ray.instruments.compare.comparison import compare, plan_runs, read_run
 from r3hf_ray.instruments.compare.settings import CompareConfig
 from r3hf_ray.records.jsonl import JsonlLog
 from r3hf_ray.records.run_folder import to_toml
+from r3hf_ray.settings import load
 
 STEPS = 10
 JOB = """

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from r3hf_ray.config import load
 from r3hf_ray.instruments.compare.comparison import compare, plan_runs
 from r3hf_ray.instruments.compare.settings import CompareConfig
 from r3hf_ray.records.metrics import read_metrics
+from r3hf_ray.settings import load
 
 ROOT = Path(__file__).parents[3]
 ALGORITHMS = ("rloo", "grpo", "reinforce-pp", "r3hf-baseline")

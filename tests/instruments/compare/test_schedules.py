@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from r3hf_ray.config import PPOConfig, load
+from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.instruments.compare.schedules import Schedule, at_step, check_schedules, parse_schedule, remixed
 from r3hf_ray.instruments.compare.settings import CompareConfig
+from r3hf_ray.settings import load
 from r3hf_ray.types import MAIN, Finish, ModelScores, ScoredTrajectory, Trajectory
 
 JOB = """

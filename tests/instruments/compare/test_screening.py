@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from r3hf_ray.config import PPOConfig, load
+from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import RunFailed
 from r3hf_ray.instruments.compare import screening
 from r3hf_ray.instruments.compare.arm_runs import PlannedRun
 from r3hf_ray.instruments.compare.screening import screened
+from r3hf_ray.settings import load
 
 JOB = """
 [run]

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from r3hf_ray.config import RewardConfig, SFTConfig, load
+from r3hf_ray.config import RewardConfig, SFTConfig
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.instruments.toy import trained_models
 from r3hf_ray.instruments.toy.settings import FurtherRewardModel, ToySection
 from r3hf_ray.instruments.toy.trained_models import ToyModels
 from r3hf_ray.prepare import StageResult
 from r3hf_ray.records.run_folder import to_toml
+from r3hf_ray.settings import load
 
 ROOT = Path(__file__).parents[3]
 

@@ -2,29 +2,21 @@
 
 from dataclasses import replace
 
-from r3hf_ray.actors.rollout import EngineSettings
+from r3hf_ray.actors.rollout import EngineFacts
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.preflight import Plan, reward_sources
 from r3hf_ray.scoring.scorer import ScoringSettings
 from r3hf_ray.types import MAIN
+from r3hf_ray.weights.media import medium_of
 
 
-def engine_settings(config: PPOConfig, plan: Plan) -> EngineSettings:
+def engine_facts(config: PPOConfig, plan: Plan) -> EngineFacts:
     """Of a rollout actor."""
-    rollout = config.rollout
-    return EngineSettings(
+    return EngineFacts(
         model=config.model.policy,
         max_model_len=plan.max_model_len,
-        max_response_tokens=rollout.max_response_tokens,
-        temperature=rollout.temperature,
         eos_ids=plan.eos_ids,
-        dtype=rollout.dtype,
-        backend=config.weights_backend,
-        threads=rollout.threads,
-        kv_cache_gb=rollout.kv_cache_gb,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
-        on_gpu=rollout.gpus_per_actor > 0,
-        extra=rollout.engine_args,
+        medium=medium_of(config.weights.backend),
     )
 
 

@@ -85,14 +85,6 @@ class PPOConfig(Command):
         return self.ppo.advantage == "gae"
 
     @property
-    def weights_backend(self) -> Literal["object_ref", "nccl"]:
-        """How weights travel after `auto` is resolved."""
-        if self.weights.backend != "auto":
-            return self.weights.backend
-        apart = self.learner.gpus_per_rank >= 1 and self.rollout.gpus_per_actor >= 1  # NCCL needs a GPU for each end
-        return "nccl" if apart else "object_ref"
-
-    @property
     def terminal_weight(self) -> float:
         """Share of the reward that is paid at the last token: 1 in mode `terminal`, else 1 - method_weight."""
         return 1.0 - self.reward.method_weight
@@ -115,11 +107,6 @@ class PPOConfig(Command):
                 responses >= ppo.minibatches * self.learner.ranks,
                 f"ppo.minibatches ({ppo.minibatches}) x learner.ranks ({self.learner.ranks}) is more than the "
                 f"{responses} responses of a step",
-            ),
-            (
-                self.weights.backend != "nccl" or (self.learner.gpus_per_rank > 0 and rollout.gpus_per_actor > 0),
-                "weights.backend = nccl needs GPUs for learner (learner.gpus_per_rank) and rollouts "
-                "(rollout.gpus_per_actor)",
             ),
             *self._credit_rules(),
             *self._model_rules(),

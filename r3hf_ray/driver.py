@@ -19,12 +19,12 @@ from ray.train import TrainingFailedError
 from rich.console import Console
 from rich.table import Table
 
-from r3hf_ray.actor_settings import engine_settings, scoring_settings
+from r3hf_ray.actor_settings import engine_facts, scoring_settings
 from r3hf_ray.actors.coordinator import Coordinator, Snapshot
 from r3hf_ray.actors.environment import ACTORS, of_threads
 from r3hf_ray.actors.learner import LearnerSettings, fit
 from r3hf_ray.actors.reward import RewardActor
-from r3hf_ray.actors.rollout import RolloutActor
+from r3hf_ray.actors.rollout import RolloutActor, engine_environment
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import arithmetic
 from r3hf_ray.errors import RunFailed, sentence_of
@@ -41,7 +41,7 @@ from r3hf_ray.records.wandb_run import WandbRun
 from r3hf_ray.sections.actors import RolloutSection
 from r3hf_ray.sections.rewards import RewardSection
 from r3hf_ray.session import ray_session
-from r3hf_ray.weights.contract import WeightStore
+from r3hf_ray.weights.object_ref import WeightStore
 
 POLL_SECONDS = 0.25
 STOP_SECONDS = 10.0
@@ -146,7 +146,7 @@ class _Follower:
 
     def _start(self) -> _Actors:
         config, plan = self._config, self._plan
-        engine, scoring = engine_settings(config, plan), scoring_settings(config, plan)
+        facts, scoring = engine_facts(config, plan), scoring_settings(config, plan)
         rollouts = [
             ray.remote(RolloutActor)
             .options(
@@ -154,9 +154,9 @@ class _Follower:
                 num_gpus=config.rollout.gpus_per_actor,
                 max_restarts=-1,
                 max_task_retries=0,  # a repeated generate after a restart would sample from the wrong weights
-                runtime_env={"env_vars": ACTORS | engine.environment() | self._threads(config.rollout)},
+                runtime_env={"env_vars": ACTORS | engine_environment(config.rollout) | self._threads(config.rollout)},
             )
-            .remote(engine)
+            .remote(config.rollout, facts)
             for _ in range(config.rollout.actors)
         ]
         rewards = [

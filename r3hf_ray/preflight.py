@@ -28,6 +28,7 @@ from r3hf_ray.sections.ppo import CriticSection
 from r3hf_ray.sections.rewards import MODES
 from r3hf_ray.types import COST, MAIN
 from r3hf_ray.user_functions import user_function
+from r3hf_ray.weights.media import check_medium
 
 MARGIN = 1e-6
 """Slack for sums of fractional CPUs."""
@@ -58,6 +59,12 @@ def check(config: PPOConfig) -> Plan:
     Raises:
         ConfigError: one sentence naming the field or line, and what to do.
     """
+    check_medium(
+        config.weights.backend,
+        learner_gpus=config.learner.gpus_per_rank,
+        sampler_gpus=config.rollout.gpus_per_actor,
+        probe_tokens=config.weights.probe_tokens,
+    )
     check_folder(config.model.policy, "policy")
     for source in reward_sources(config.model).values():
         _check_reward_model(source)

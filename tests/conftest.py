@@ -228,3 +228,14 @@ def _as_rank(
         raise
     finally:
         dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ray_local() -> Iterator[None]:
+    """One local Ray for the tests of a module."""
+    import ray
+
+    options = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
+    ray.init(address="local", num_cpus=2, **options)
+    yield
+    ray.shutdown()

@@ -160,7 +160,6 @@ def test_one_sentence_for_a_wrong_field(tmp_path: Path, text: str, sentence: str
         (["--rollout.top_k", "50"], ["rollout.top_k must be -1"]),
         (["--rollout.chunks_per_step", "5"], ["rollout.chunks_per_step (5)", "rollout.prompts_per_step (32)"]),
         (["--learner.ranks", "17"], ["ppo.minibatches (2)", "learner.ranks (17)", "32 responses"]),
-        (["--weights.backend", "nccl"], ["learner.gpus_per_rank", "rollout.gpus_per_actor"]),
         (["--ppo.advantage", "rloo"], ["ppo.advantage = rloo", "rollout.samples_per_prompt must be at least 2"]),
         (
             ["--ppo.advantage", "grpo", "--rollout.samples_per_prompt", "2", "--reward.mode", "uniform"],

@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from r3hf_ray.actors.rollout import StaleWeightsError
 from r3hf_ray.errors import RunFailed, sentence_of
 from r3hf_ray.types import ChunkReport, Failure, Request, TrajectoryInfo
-from r3hf_ray.weights.contract import Loaded, Publication
+from r3hf_ray.weights.contract import Loaded, Publication, objection
 
 RECOVERY_SECONDS = 300.0
 """How long a dead actor may take to come back before the run gives up. [s]"""
@@ -149,17 +149,8 @@ class Pipeline:
             return None
         except RayTaskError as error:
             self.verdict.fail(f"{member.name} could not load weights version {version}: {sentence_of(error)}")
-        if (loaded.version, loaded.fingerprint) != (version, publication.fingerprint):
-            self.verdict.fail(
-                f"{member.name} answered version {loaded.version} with another fingerprint than the learner published "
-                f"for version {version}: it does not hold the weights it should"
-            )
-        if not loaded.probe_gap <= self.max_gap:  # also when it is not a number
-            self.verdict.fail(
-                f"{member.name} gives the probe sequence other logprobs than the learner after loading version "
-                f"{version} (mean gap {loaded.probe_gap:.2g} nats, allowed {self.max_gap:g}): its engine "
-                "runs wrong weights or another precision; weights.max_logprob_gap sets the bound"
-            )
+        if wrong := objection(publication, loaded, max_gap=self.max_gap):
+            self.verdict.fail(f"{member.name} {wrong}")
         return loaded
 
     async def scored(self, tally: Tally, number: int, requests: list[Request], label: str) -> AsyncIterator[Sample]:

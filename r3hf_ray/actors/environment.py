@@ -1,5 +1,7 @@
 """The environment of every process a run starts; libraries read it when they are loaded."""
 
+from importlib.util import find_spec
+
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -13,6 +15,8 @@ again: on a 135M model 300,000 page faults in each learner step. A process keeps
 
 VLLM = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
 """Of a process that holds a vLLM engine; the engine runs in that process and not in one of its own."""
+if find_spec("flashinfer") is None:  # vLLM 0.26 imports it on a GPU whenever a sampler is made
+    VLLM |= {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 
 VLLM_ON_CPU = VLLM | {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

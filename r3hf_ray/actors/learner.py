@@ -9,13 +9,12 @@ up again after every restart; a restarted group begins at the last committed che
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import ray
 import ray.train
 import torch
@@ -38,9 +37,8 @@ from r3hf_ray.models.sharding import make_mesh
 from r3hf_ray.training.guard_rails import warnings_of
 from r3hf_ray.training.ppo import PPOLearner, RewardScale
 from r3hf_ray.types import ScoredTrajectory
-from r3hf_ray.weights.contract import Probe, Tensor, fingerprint, publish
-
-TORCH_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from r3hf_ray.weights.contract import LearnerEnd, Probe
+from r3hf_ray.weights.media import make_sender
 
 SampleWriter = Callable[[Path, int, list[dict[str, Any]]], object]
 """(run folder, step, per-token rows): writes one dump; given by the driver, since the form of files is its side."""
@@ -158,10 +156,20 @@ class _Rank:
 
     def __init__(self, settings: LearnerSettings, coordinator: Any, store: Any) -> None:
         self._settings, self._config = settings, settings.config
-        self._coordinator, self._store = coordinator, store
+        self._coordinator = coordinator
         context = ray.train.get_context()
         self._rank, self._world = context.get_world_rank(), context.get_world_size()
-        self._nccl: Any = None
+        rollout = self._config.rollout
+        self._sender = make_sender(
+            LearnerEnd(
+                rank=self._rank,
+                section=self._config.weights,
+                dtype=rollout.dtype,
+                samplers=rollout.actors,
+                coordinator=coordinator,
+                store=store,
+            )
+        )
         self._warned: set[str] = set()
         on_gpu = self._config.learner.gpus_per_rank > 0
         torch.set_num_threads(self._config.learner.threads)
@@ -216,36 +224,12 @@ class _Rank:
     def _publish(self) -> float:
         """All ranks gather, rank 0 publishes. Returns seconds."""
         start = time.perf_counter()
-        probe_ids = self._settings.probe_ids
-        logprobs = self._learner.evaluate_probe(probe_ids)[1:] if probe_ids else []
-        if self._config.weights_backend == "nccl":
-            self._send_by_nccl()
-            tensors: Iterator[Tensor] = iter(())
-        else:
-            tensors = _in_transit(self._learner.full_parameters(), self._config.rollout.dtype)
-        if self._rank != 0:
-            for _ in tensors:  # every rank takes part in the gathering
-                pass
-            return 0.0
-        publication = publish(
-            self._store,
-            self._learner.step,
-            tensors,
-            probe=Probe(token_ids=probe_ids, logprobs=logprobs) if probe_ids else None,
-            max_bytes=self._config.weights.bucket_mb * 2**20,
-        )
-        ray.get(self._coordinator.publish.remote(publication))
+        ids = self._settings.probe_ids
+        probe = Probe(token_ids=ids, logprobs=self._learner.evaluate_probe(ids)[1:]) if ids else None
+        publication = self._sender.send(self._learner.step, self._learner.full_parameters, probe)
+        if publication is not None:
+            ray.get(self._coordinator.publish.remote(publication))
         return time.perf_counter() - start
-
-    def _send_by_nccl(self) -> None:
-        """All ranks gather, rank 0 broadcasts to the samplers; vLLM is imported here only."""
-        if self._nccl is None:
-            from r3hf_ray.weights.object_ref import LearnerSource, nccl_sender
-
-            source = LearnerSource(self._learner.full_parameters, TORCH_TYPES[self._config.rollout.dtype])
-            samplers = self._config.rollout.actors
-            self._nccl = nccl_sender(self._coordinator, source, rank=self._rank, samplers=samplers)
-        self._nccl.send_weights()
 
     def _warn(self, metrics: dict[str, float]) -> None:
         """Each warning once in the life of this group."""
@@ -273,11 +257,3 @@ class _Rank:
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
         if self._rank == 0:
             self._coordinator.event.remote("checkpoint", step=step)
-
-
-def _in_transit(parameters: Iterator[tuple[str, torch.Tensor]], dtype: str) -> Iterator[Tensor]:
-    """Full parameters as fingerprinted numpy arrays of the sampler's data type."""
-    for name, parameter in parameters:
-        cast = parameter.detach().to("cpu", TORCH_TYPES[dtype]).contiguous()
-        array: np.ndarray = (cast.view(torch.uint16) if dtype == "bfloat16" else cast).numpy()
-        yield Tensor(name=name, dtype=dtype, array=array, fingerprint=fingerprint(array))

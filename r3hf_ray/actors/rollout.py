@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from r3hf_ray.actors.environment import VLLM, VLLM_ON_CPU
+from r3hf_ray.sections.actors import RolloutSection
 from r3hf_ray.types import ChunkReport, Failure, Finish, Request, Trajectory
 from r3hf_ray.weights.contract import Loaded, Probe, Publication, TransferStep
 
@@ -21,53 +22,47 @@ class StaleWeightsError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSettings:
-    """What one engine needs; plain values, so that an engine can be made without a run."""
+class EngineFacts:
+    """What an engine must know besides `[rollout]`.
+
+    Example: ``EngineFacts(model="runs/toy_sft/model", max_model_len=96, eos_ids=(2,), medium="object_ref")``
+    """
 
     model: str
+    """Local folder or hub name of the policy."""
     max_model_len: int
-    max_response_tokens: int
-    temperature: float
+    """Prompt + response. [tokens]"""
     eos_ids: tuple[int, ...]
-    dtype: str = "float32"
-    backend: str = "object_ref"
-    threads: int = 1
-    kv_cache_gb: int = 1
-    gpu_memory_utilization: float = 0.85
-    on_gpu: bool = False
-    extra: dict[str, Any]
-
-    def environment(self) -> dict[str, str]:
-        """Environment of the actor's process; vLLM reads it at import."""
-        if self.on_gpu:
-            return VLLM
-        return VLLM_ON_CPU | {"OMP_NUM_THREADS": str(self.threads), "VLLM_CPU_KVCACHE_SPACE": str(self.kv_cache_gb)}
+    medium: str
+    """How weights come: a name of `weights.media.MEDIA`."""
 
 
 class RolloutActor:
     """One engine. `generate` returns two objects: trajectories (a ref for the reward actor) and the report."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, section: RolloutSection, facts: EngineFacts) -> None:
         """Start the engine."""
-        os.environ.update(settings.environment())  # also when used without Ray
-        self._settings = settings
+        os.environ.update(engine_environment(section))  # also when used without Ray
+        self._section, self._facts = section, facts
         self._version: int | None = None
-        self._llm = make_engine(settings)
+        self._received = False
+        self._llm = make_engine(section, facts)
 
     def ping(self) -> None:
         """Answer, once the engine stands."""
 
     def load_weights(self, publication: Publication) -> Loaded:
         """Load one published version, drop the prefix cache, and answer with what was loaded."""
+        from r3hf_ray.weights.engine import load
+
         start = time.perf_counter()
         self._version = None  # if anything below fails, sampling is refused until a load succeeds
-        if publication.buckets:
-            self.transfer(TransferStep.START, None)
-            self.transfer(TransferStep.UPDATE, {"buckets": publication.buckets})
-            self.transfer(TransferStep.FINISH, None)
+        if not publication.parts and not self._received:
+            raise ValueError("the publication has no content, and nothing was broadcast to this sampler since its last")
+        loaded = load(self._llm, self._facts.medium, publication.parts) if publication.parts else ""
+        self._received = False
         if not self._llm.reset_prefix_cache():
             raise StaleWeightsError("vLLM refused to reset its prefix cache: old keys and values would be reused")
-        loaded = self._llm.collective_rpc("r3hf_loaded_fingerprint")[0] if publication.buckets else ""
         gap = self._probe_gap(publication.probe) if publication.probe else 0.0
         self._version = publication.version
         return Loaded(
@@ -78,6 +73,7 @@ class RolloutActor:
         """One call of vLLM's weight-transfer interface; sampling is refused until `load_weights` proves the rest."""
         self._version = None
         self._llm.collective_rpc(step.value, args=() if payload is None else (payload,))
+        self._received = step is TransferStep.FINISH
 
     def generate(self, requests: list[Request]) -> tuple[list[Trajectory], ChunkReport]:
         """Sample one response to each request.
@@ -104,11 +100,11 @@ class RolloutActor:
 
         params = [
             SamplingParams(
-                temperature=self._settings.temperature,
-                max_tokens=self._settings.max_response_tokens,
+                temperature=self._section.temperature,
+                max_tokens=self._section.max_response_tokens,
                 seed=request.seed,
                 logprobs=0,
-                stop_token_ids=list(self._settings.eos_ids),
+                stop_token_ids=list(self._facts.eos_ids),
                 detokenize=False,
             )
             for request in requests
@@ -145,7 +141,7 @@ class RolloutActor:
             attempt=request.attempt,
             policy_version=self._version if self._version is not None else -1,
             prompt_len=len(prompt),
-            finish=Finish.EOS if int(tokens[-1]) in self._settings.eos_ids else Finish.LENGTH,
+            finish=Finish.EOS if int(tokens[-1]) in self._facts.eos_ids else Finish.LENGTH,
             token_ids=np.concatenate([prompt, tokens]),
             behavior_logprobs=np.concatenate([np.zeros(len(prompt), np.float32), logprobs]),
         )
@@ -161,7 +157,14 @@ class RolloutActor:
         return float(np.mean(np.abs(np.asarray(ours) - np.asarray(probe.logprobs))))
 
 
-def make_engine(settings: EngineSettings) -> Any:
+def engine_environment(section: RolloutSection) -> dict[str, str]:
+    """Environment of an engine's process; vLLM reads it at import."""
+    if section.gpus_per_actor > 0:
+        return VLLM
+    return VLLM_ON_CPU | {"OMP_NUM_THREADS": str(section.threads), "VLLM_CPU_KVCACHE_SPACE": str(section.kv_cache_gb)}
+
+
+def make_engine(section: RolloutSection, facts: EngineFacts) -> Any:
     """An in-process vLLM engine that takes token ids, gives processed logprobs, and never detokenizes.
 
     `generation_config="vllm"` keeps a model folder's own sampling settings (top_p and such) out of the run;
@@ -169,24 +172,26 @@ def make_engine(settings: EngineSettings) -> Any:
     """
     from vllm import LLM
 
+    from r3hf_ray.weights.engine import llm_arguments
+
+    on_gpu = section.gpus_per_actor > 0
     defaults: dict[str, Any] = {
-        "enforce_eager": not settings.on_gpu,
+        "enforce_eager": not on_gpu,
         "max_num_seqs": 256,
         "disable_log_stats": True,
     }
-    if not settings.on_gpu:
+    if not on_gpu:
         # vLLM 0.32 rewinds the generator of a seeded request whose prompt was cut in chunks, which a CPU generator
         # cannot do: with more prompt tokens than one step takes, the whole call would fail.
-        defaults |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, settings.max_model_len)}
+        defaults |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, facts.max_model_len)}
     return LLM(
-        model=settings.model,
+        model=facts.model,
         skip_tokenizer_init=True,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
+        dtype=section.dtype,
+        max_model_len=facts.max_model_len,
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
-        weight_transfer_config={"backend": settings.backend},
-        worker_extension_cls="r3hf_ray.weights.object_ref.WorkerExtension",
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        **(defaults | settings.extra),
+        gpu_memory_utilization=section.gpu_memory_utilization,
+        **llm_arguments(facts.medium),
+        **(defaults | section.engine_args),
     )

@@ -74,8 +74,9 @@ class LearnerSection(Section):
 class WeightsSection(Section):
     """How weights travel to the samplers and how their arrival is proven."""
 
-    backend: Literal["auto", "object_ref", "nccl"] = "auto"
-    """`auto`: `nccl` when learner and rollouts have whole GPUs of their own, otherwise `object_ref`."""
+    backend: str = "auto"
+    """`object_ref` (Ray's object store), `nccl` (vLLM's broadcast: whole GPUs for learner and rollouts, and a vLLM
+    newer than 0.26), or `auto`: `object_ref`, until another has proven itself on a GPU."""
     bucket_mb: Positive = 256
     """Weights are published in objects of about this size. [MiB]"""
     probe_tokens: NonNegative = 32

@@ -1,38 +1,15 @@
-"""Weights from the same process: vLLM's weight-transfer interface without Ray, for loops that load them."""
+"""Weights inside one process, for loops that hold learner and engine side by side: nothing is copied."""
 
-from collections.abc import Iterable
-
-import torch
-from torch import Tensor as TorchTensor
-from vllm.distributed.weight_transfer import WeightTransferEngineFactory
-
-from r3hf_ray.weights.contract import Publication, Tensor, fingerprint, fingerprint_of_all
-from r3hf_ray.weights.object_ref import ObjectRefEngine, ObjectRefUpdateInfo
-
-BACKEND = "in_process"
+from r3hf_ray.weights.contract import Publication, WeightTensor, published
+from r3hf_ray.weights.tensors import Parameters, in_transit
 
 
-class InProcessEngine(ObjectRefEngine):
-    """The system's engine, given the buckets themselves and not their refs."""
-
-    def receive_weights(self, update_info: ObjectRefUpdateInfo) -> None:
-        """Fingerprint and load, as the system does after it has fetched a bucket."""
-        for bucket in update_info.buckets:
-            self._fingerprints |= {tensor.name: fingerprint(tensor.array) for tensor in bucket}
-            self.model.load_weights((tensor.name, torch.from_numpy(tensor.array)) for tensor in bucket)
+def publication(parameters: Parameters, version: int) -> Publication:
+    """All parameters in float32 as one bucket, which shares their memory: load it before they change. No probe."""
+    bucket = list(in_transit(parameters(), "float32"))
+    return published(version, [(bucket, bucket)], probe=None)
 
 
-def publication(parameters: Iterable[tuple[str, TorchTensor]], version: int) -> Publication:
-    """All float32 parameters as one bucket, which shares their memory: load it before they change. No probe."""
-    arrays = ((name, tensor.detach().numpy()) for name, tensor in parameters)
-    bucket = [Tensor(name=name, dtype="float32", array=a, fingerprint=fingerprint(a)) for name, a in arrays]
-    return Publication(
-        version=version,
-        buckets=[bucket],
-        fingerprint=fingerprint_of_all({tensor.name: tensor.fingerprint for tensor in bucket}),
-        num_bytes=sum(tensor.array.nbytes for tensor in bucket),
-        probe=None,
-    )
-
-
-WeightTransferEngineFactory.register_engine(BACKEND, InProcessEngine)
+def fetch(part: list[WeightTensor]) -> list[WeightTensor]:
+    """The part is the bucket itself."""
+    return part

@@ -209,7 +209,7 @@ def configuration(**sections: dict[str, Any]) -> PPOConfig:
 
 
 def publication(version: int) -> Publication:
-    return Publication(version=version, buckets=[], fingerprint=f"weights {version}", num_bytes=4096, probe=None)
+    return Publication(version=version, parts=[], fingerprint=f"weights {version}", num_bytes=4096, probe=None)
 
 
 @dataclass

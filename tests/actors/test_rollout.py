@@ -6,7 +6,6 @@ One actor process holds both engines, since importing vLLM is most of the cost. 
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,15 @@ import torch
 from ray import cloudpickle
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from r3hf_ray.actors.learner import _in_transit
-from r3hf_ray.actors.rollout import EngineSettings, RolloutActor, StaleWeightsError
+from r3hf_ray.actors.rollout import EngineFacts, RolloutActor, StaleWeightsError, engine_environment
 from r3hf_ray.draws import seed_of
 from r3hf_ray.models.logprobs import token_logprobs
 from r3hf_ray.models.sharding import full_parameters
+from r3hf_ray.sections.actors import RolloutSection
 from r3hf_ray.types import ChunkReport, Finish, Request, Trajectory
-from r3hf_ray.weights.contract import Loaded, Probe, Publication, WeightStore, publish
+from r3hf_ray.weights.contract import Loaded, Probe, Publication
+from r3hf_ray.weights.object_ref import WeightStore, publish
+from r3hf_ray.weights.tensors import in_transit
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -31,15 +32,16 @@ BLOCK = 128  # tokens of a cache block on CPU
 EOS = 2
 LIMIT = 12
 TEMPERATURE = 0.7
+SECTION = RolloutSection(max_response_tokens=LIMIT, temperature=TEMPERATURE)
 PROBE = np.random.default_rng(1).integers(3, 64, BLOCK + 32).tolist()
 
 
 class Samplers:
     """Both engines in one process, and the sabotage that tests need there."""
 
-    def __init__(self, settings: dict[str, EngineSettings]) -> None:
+    def __init__(self, facts: dict[str, EngineFacts]) -> None:
         torch.set_num_threads(1)
-        self.of = {kind: RolloutActor(each) for kind, each in settings.items()}
+        self.of = {kind: RolloutActor(SECTION, each) for kind, each in facts.items()}
 
     def load(self, kind: str, publication: Publication) -> Loaded:
         return self.of[kind].load_weights(publication)
@@ -68,18 +70,18 @@ class Samplers:
         return len(engine.output_processor.request_states)
 
     def load_without_repacking(self, kind: str, publication: Publication) -> Loaded:
-        from r3hf_ray.weights import object_ref as weights
+        from r3hf_ray.weights import engine as weights
 
-        repacking = weights.ObjectRefEngine.finish_weight_update
+        repacking = weights.FetchEngine.finish_weight_update
 
         def finalize_only(engine: Any) -> None:
             weights.finalize_layerwise_reload(engine.model, engine.model_config)
 
-        weights.ObjectRefEngine.finish_weight_update = finalize_only
+        weights.FetchEngine.finish_weight_update = finalize_only
         try:
             return self.load(kind, publication)
         finally:
-            weights.ObjectRefEngine.finish_weight_update = repacking
+            weights.FetchEngine.finish_weight_update = repacking
 
     def load_without_cache_reset(self, kind: str, publication: Publication) -> Loaded:
         self.of[kind]._llm.reset_prefix_cache = lambda: False
@@ -90,9 +92,9 @@ class Samplers:
 
     def as_torch(self, bucket: list[Any]) -> list[tuple[str, list[int], bytes]]:
         """Each tensor as an engine gets it: data type, shape, bytes."""
-        from r3hf_ray.weights.object_ref import _as_torch
+        from r3hf_ray.weights.tensors import as_torch
 
-        tensors = map(_as_torch, bucket)
+        tensors = map(as_torch, bucket)
         return [(str(x.dtype), list(x.shape), bits(x)) for x in tensors]
 
 
@@ -115,7 +117,7 @@ class World:
                     parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
         self.version += 1
         probe = Probe(token_ids=PROBE, logprobs=logprobs(model, PROBE, 1, temperature=1.0)[1:].tolist())
-        tensors = _in_transit(full_parameters(model), "float32")
+        tensors = in_transit(full_parameters(model), "float32")
         return publish(self.store, self.version, tensors, probe=probe, max_bytes=30_000)
 
     def sync(self, kind: str, *, noise_seed: int | None = None) -> Loaded:
@@ -138,8 +140,11 @@ def world(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     models = {kind: tiny_llama(tied=kind == "tied") for kind in KINDS}
     for kind, model in models.items():
         model.save_pretrained(folder / kind)
-    settings = {kind: engine_settings(folder / kind) for kind in KINDS}
-    samplers = ray.remote(Samplers).options(runtime_env={"env_vars": settings["tied"].environment()}).remote(settings)
+    facts = {
+        kind: EngineFacts(model=str(folder / kind), max_model_len=256, eos_ids=(EOS,), medium="object_ref")
+        for kind in KINDS
+    }
+    samplers = ray.remote(Samplers).options(runtime_env={"env_vars": engine_environment(SECTION)}).remote(facts)
     yield World(samplers, ray.remote(WeightStore).options(num_cpus=0).remote(), models)
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
@@ -150,17 +155,6 @@ def tiny_llama(*, tied: bool) -> LlamaForCausalLM:
     ids = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS}
     config = LlamaConfig(**shape, **ids, max_position_embeddings=512, initializer_range=0.15, tie_word_embeddings=tied)
     return LlamaForCausalLM(config).eval()
-
-
-def engine_settings(model: Path) -> EngineSettings:
-    return EngineSettings(
-        model=str(model),
-        max_model_len=256,
-        max_response_tokens=LIMIT,
-        temperature=TEMPERATURE,
-        eos_ids=(EOS,),
-        extra={},
-    )
 
 
 def logprobs(model: LlamaForCausalLM, ids: Any, prompt_len: int, *, temperature: float) -> np.ndarray:
@@ -214,7 +208,7 @@ def test_after_each_sync_behaviour_logprobs_are_those_of_the_new_weights(world: 
         loaded = world.call("load", kind, publication)
         assert (loaded.version, loaded.fingerprint) == (publication.version, publication.fingerprint)
         assert loaded.probe_gap < 3e-6
-        assert len(publication.buckets) > 1
+        assert len(publication.parts) > 1
 
         asked = requests_of(prompts())
         trajectories = world.generate(kind, asked[:-1]) + world.generate(kind, asked[-1:])
@@ -324,17 +318,27 @@ def test_weights_behind_an_old_prefix_cache_are_refused(world: World) -> None:
 def test_after_a_load_that_failed_nothing_is_sampled(world: World) -> None:
     publication = world.publish("untied")
     with pytest.raises(ray.exceptions.RayTaskError):
-        world.call("load", "untied", replace(publication, buckets=[ray.put("not a bucket")]))
+        world.call("load", "untied", replace(publication, parts=[ray.put("not a bucket")]))
     with pytest.raises(StaleWeightsError, match="no published weights yet"):
         world.call("generate", "untied", requests_of([[5, 6]]))
     assert world.call("load", "untied", publication).probe_gap < 3e-6
     assert world.generate("untied", requests_of([[5, 6]]))
 
 
+def test_a_publication_without_content_is_no_load(world: World) -> None:
+    """Nothing to fetch, nothing broadcast: the engine would go on with its old weights and call them new."""
+    publication = world.publish("untied")
+    with pytest.raises(ray.exceptions.RayTaskError, match="the publication has no content"):
+        world.call("load", "untied", replace(publication, parts=[], fingerprint=""))
+    with pytest.raises(StaleWeightsError, match="no published weights yet"):
+        world.call("generate", "untied", requests_of([[5, 6]]))
+    world.sync("untied")
+
+
 def test_another_models_weights_show_in_fingerprint_and_probe(world: World) -> None:
     honest = world.publish("untied")
     other = world.publish("untied", noise_seed=4)
-    loaded = world.call("load", "untied", replace(honest, buckets=other.buckets))
+    loaded = world.call("load", "untied", replace(honest, parts=other.parts))
     assert loaded.fingerprint == other.fingerprint != honest.fingerprint
     assert loaded.probe_gap > 0.05
 
@@ -342,7 +346,7 @@ def test_another_models_weights_show_in_fingerprint_and_probe(world: World) -> N
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_tensor_arrives_in_the_engine_with_every_bit(world: World, dtype: str) -> None:
     values = torch.tensor([[1.0, -2.5, 3.1415927], [1e-30, float("inf"), -0.0]])
-    sent = list(_in_transit(iter([("a", values), ("b", values.T), ("c", values[0, 0])]), dtype))
+    sent = list(in_transit(iter([("a", values), ("b", values.T), ("c", values[0, 0])]), dtype))
     expected = [x.to(getattr(torch, dtype)).contiguous() for x in (values, values.T, values[0, 0])]
     arrived = ray.get(world.samplers.as_torch.remote(sent))
     assert arrived == [(f"torch.{dtype}", list(x.shape), bits(x)) for x in expected]

@@ -19,21 +19,24 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from bench.results import BareStep, Cost
-from r3hf_ray.actor_settings import engine_settings, scoring_settings
+from r3hf_ray.actor_settings import engine_facts, scoring_settings
 from r3hf_ray.actors.environment import ACTORS
-from r3hf_ray.actors.rollout import EngineSettings, RolloutActor
+from r3hf_ray.actors.rollout import EngineFacts, RolloutActor, engine_environment
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import minibatch_of, step_requests
 from r3hf_ray.errors import RunFailed
 from r3hf_ray.preflight import check
 from r3hf_ray.scoring.scorer import ScoringSettings
+from r3hf_ray.sections.actors import RolloutSection
 from r3hf_ray.types import Request, ScoredTrajectory, Trajectory
+from r3hf_ray.weights.contract import objection
 
 ABC = "score by abc"
 """Not part of a step: what eager attention, which `abc` alone needs, costs on the same responses."""
@@ -56,7 +59,8 @@ class BareLoops:
         plan = check(config)
         self._config = config = plan.config
         self._prompts, self._step = plan.prompts, count()
-        engine = replace(engine_settings(config, plan), threads=cores)
+        section = config.rollout.model_copy(update={"threads": cores})
+        engine = (section, replace(engine_facts(config, plan), medium="in_process"))
         os.environ |= ACTORS | {"OMP_NUM_THREADS": str(cores)}  # read when a child starts and first imports torch
         self._sampler = _Process(_sampler, engine, log=logs / "sampler.txt")
         self._scorer = _Process(_scorer, scoring_settings(config, plan), log=logs / "scorer.txt")
@@ -151,21 +155,22 @@ def _serve(pipe: Connection, log: Path, make: Callable[..., Calls], arguments: t
         pipe.send((cost, result))
 
 
-def _sampler(settings: EngineSettings) -> Calls:
-    os.environ.update(settings.environment())
+def _sampler(settings: tuple[RolloutSection, EngineFacts]) -> Calls:
+    section, facts = settings
+    os.environ.update(engine_environment(section))
     import torch
 
     from r3hf_ray.models.load import load_policy
     from r3hf_ray.models.sharding import full_parameters
-    from r3hf_ray.weights.in_process import BACKEND, publication
+    from r3hf_ray.weights.in_process import publication
 
-    actor = RolloutActor(replace(settings, backend=BACKEND))
-    policy = load_policy(settings.model, torch.float32)
+    actor = RolloutActor(section, facts)
+    policy = load_policy(facts.model, torch.float32)
 
     def load_weights(version: int) -> None:
-        published = publication(full_parameters(policy), version)
-        if actor.load_weights(published).fingerprint != published.fingerprint:
-            raise RunFailed("the bare loop's engine did not load the weights it was given")
+        published = publication(partial(full_parameters, policy), version)
+        if wrong := objection(published, actor.load_weights(published), max_gap=0.0):
+            raise RunFailed(f"the bare loop's engine {wrong}")
 
     def generate(requests: list[Request]) -> list[Trajectory]:
         return actor.generate(requests)[0]

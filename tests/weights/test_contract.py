@@ -1,104 +1,48 @@
-"""Publications: what they are made of, who keeps them, and that they outlive the process that made them."""
+"""Publications: how they are grouped and fingerprinted, and what counts as proof that one was loaded."""
 
-import os
-import signal
-import sys
-from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import ray
-from ray import cloudpickle
-from ray.exceptions import RayActorError
 
 from r3hf_ray.weights.contract import (
+    Loaded,
     Probe,
     Publication,
-    Tensor,
-    WeightStore,
+    WeightTensor,
     buckets,
     fingerprint,
     fingerprint_of_all,
-    publish,
+    objection,
+    published,
 )
 
-
-class OpenStore(WeightStore):
-    """A store that shows what it holds."""
-
-    def held(self) -> dict[int, int]:
-        return {version: len(refs) for version, refs in self._versions.items()}
+PROBE = Probe(token_ids=[1, 2], logprobs=[-0.5])
+PUBLICATION = Publication(version=3, parts=["a part"], fingerprint="17ab", num_bytes=48, probe=PROBE)
+ANSWER = Loaded(version=3, fingerprint="17ab", probe_gap=1e-7, seconds=0.1)
 
 
-class Publisher:
-    """A learner rank that may die."""
-
-    def publish(self, store: Any, version: int) -> Publication:
-        return publish(store, version, tensors(version), probe=None, max_bytes=20)
-
-    def die(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+def test_an_honest_answer_proves_a_load() -> None:
+    assert objection(PUBLICATION, ANSWER, max_gap=1e-3) == ""
+    broadcast = replace(PUBLICATION, parts=[], fingerprint="")
+    assert objection(broadcast, replace(ANSWER, fingerprint=""), max_gap=1e-3) == ""
 
 
-def tensors(version: int) -> Iterator[Tensor]:
-    for i in range(3):
-        array = np.full(4, version + i / 10, np.float32)
-        yield Tensor(name=f"layer.{i}", dtype="float32", array=array, fingerprint=fingerprint(array))
-
-
-@pytest.fixture
-def store(ray_local: None) -> Iterator[Any]:
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    actor = ray.remote(OpenStore).options(num_cpus=0).remote()
-    yield actor
-    ray.kill(actor)
-    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-
-
-@pytest.mark.ray
-def test_two_versions_are_kept_and_older_ones_dropped(store: Any) -> None:
-    for version, held in [(0, {0: 3}), (1, {0: 3, 1: 3}), (2, {1: 3, 2: 3}), (3, {2: 3, 3: 3})]:
-        publication = publish(store, version, tensors(version), probe=None, max_bytes=20)
-        assert (publication.version, publication.num_bytes, len(publication.buckets)) == (version, 48, 3)
-        assert ray.get(store.held.remote()) == held
-        assert [tensor.array[0] for (tensor,) in ray.get(publication.buckets)] == pytest.approx(
-            [version, version + 0.1, version + 0.2]
-        )
-
-
-@pytest.mark.ray
-def test_an_interrupted_publication_leaves_nothing(store: Any) -> None:
-    publish(store, 4, tensors(4), probe=None, max_bytes=20)
-    ray.get(store.put.remote(5, list(tensors(5))[:1]))
-    publish(store, 5, tensors(5), probe=None, max_bytes=20)
-    assert ray.get(store.held.remote()) == {4: 3, 5: 3}
-
-
-@pytest.mark.ray
-def test_a_learner_that_begins_again_publishes_over_later_versions(store: Any) -> None:
-    for version in (4, 5, 3):
-        publish(store, version, tensors(version), probe=None, max_bytes=20)
-    assert ray.get(store.held.remote()) == {3: 3}
-
-
-@pytest.mark.ray
-def test_a_publication_outlives_its_publisher(store: Any) -> None:
-    publisher = ray.remote(Publisher).options(num_cpus=0).remote()
-    publication = ray.get(publisher.publish.remote(store, 7))
-    with pytest.raises(RayActorError):
-        ray.get(publisher.die.remote())
-    arrived = [tensor for bucket in ray.get(publication.buckets, timeout=20) for tensor in bucket]
-    sent = list(tensors(7))
-    assert [(tensor.name, tensor.fingerprint) for tensor in arrived] == [(t.name, t.fingerprint) for t in sent]
-    for ours, theirs in zip(arrived, sent, strict=True):
-        np.testing.assert_array_equal(ours.array, theirs.array)
-
-
-@pytest.mark.ray
-def test_the_probe_travels_with_its_publication(store: Any) -> None:
-    probe = Probe(token_ids=[1, 2, 3], logprobs=[-0.5, -0.25])
-    assert publish(store, 1, tensors(1), probe=probe, max_bytes=20).probe == probe
+@pytest.mark.parametrize(
+    ("publication", "answer", "words"),
+    [
+        (PUBLICATION, replace(ANSWER, version=2), "answered version 2"),
+        (PUBLICATION, replace(ANSWER, fingerprint="17ac"), "another fingerprint"),
+        (PUBLICATION, replace(ANSWER, probe_gap=0.1), "other logprobs than the learner"),
+        (PUBLICATION, replace(ANSWER, probe_gap=float("nan")), "other logprobs than the learner"),
+        (published(3, [], probe=PROBE), replace(ANSWER, fingerprint=fingerprint_of_all({})), "no content"),
+        (replace(PUBLICATION, num_bytes=0), ANSWER, "no content"),
+        (replace(PUBLICATION, fingerprint="", probe=None), replace(ANSWER, fingerprint=""), "no content to compare"),
+    ],
+    ids=["version", "fingerprint", "probe", "nan", "nothing published", "no bytes", "nothing to compare"],
+)
+def test_what_does_not_prove_a_load(publication: Publication, answer: Loaded, words: str) -> None:
+    assert words in objection(publication, answer, max_gap=1e-3)
 
 
 def test_a_fingerprint_does_not_know_the_order_of_tensors_but_all_else() -> None:
@@ -131,7 +75,7 @@ def test_a_tensors_fingerprint_is_of_its_numbers_in_row_order() -> None:
 def test_buckets_hold_all_in_order_up_to_their_size(
     sizes: list[int], max_bytes: int, expected: list[list[int]]
 ) -> None:
-    items = [Tensor(name="w", dtype="uint8", array=np.zeros(size, np.uint8), fingerprint="") for size in sizes]
+    items = [WeightTensor(name="w", dtype="uint8", array=np.zeros(size, np.uint8), fingerprint="") for size in sizes]
     grouped = list(buckets(items, max_bytes=max_bytes))
     assert [[tensor.array.nbytes for tensor in bucket] for bucket in grouped] == expected
     assert [tensor for bucket in grouped for tensor in bucket] == items

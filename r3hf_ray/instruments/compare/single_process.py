@@ -6,7 +6,6 @@ failure is retried and nothing resumes inside a run. Results of record come from
 """
 
 import logging
-import os
 import shutil
 import statistics
 import time
@@ -16,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from r3hf_ray.actor_settings import engine_settings, scoring_settings
-from r3hf_ray.actors.rollout import EngineSettings, RolloutActor
+from r3hf_ray.actor_settings import engine_facts, scoring_settings
+from r3hf_ray.actors.rollout import EngineFacts, RolloutActor
 from r3hf_ray.actors.shares import calibration_of, evaluation_metrics
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import minibatch_of, step_requests, stream_requests
@@ -28,8 +27,11 @@ from r3hf_ray.records.jsonl import JsonlLog, read_jsonl
 from r3hf_ray.records.metrics import STEP
 from r3hf_ray.records.run_folder import open_run
 from r3hf_ray.scoring.scorer import Scorer
+from r3hf_ray.sections.actors import RolloutSection
 from r3hf_ray.training.ppo import PPOLearner, RewardScale
 from r3hf_ray.types import Failure, Request, ScoredTrajectory
+from r3hf_ray.weights.contract import objection
+from r3hf_ray.weights.in_process import publication
 
 Row = dict[str, float]
 
@@ -38,7 +40,7 @@ class Workbench:
     """Runs configurations one after another; the engine is kept while its settings stay the same."""
 
     def __init__(self) -> None:
-        self._engine: tuple[EngineSettings, RolloutActor] | None = None
+        self._engine: tuple[tuple[RolloutSection, EngineFacts], RolloutActor] | None = None
 
     def run(self, config: PPOConfig, schedules: tuple[Schedule, ...] = ()) -> Path:
         """One run, from its configuration to a folder with ``metrics.jsonl`` and ``events.jsonl``; no model is saved.
@@ -65,13 +67,9 @@ class Workbench:
         return folder
 
     def _engine_for(self, config: PPOConfig, plan: Plan) -> RolloutActor:
-        settings = engine_settings(config, plan)
-        os.environ.update(settings.environment())  # vLLM reads it at import, and the next import is vLLM's
-        from r3hf_ray.weights.in_process import BACKEND
-
-        settings = replace(settings, backend=BACKEND)
+        settings = (config.rollout, replace(engine_facts(config, plan), medium="in_process"))
         if self._engine is None or self._engine[0] != settings:
-            self._engine = (settings, RolloutActor(settings))
+            self._engine = (settings, RolloutActor(*settings))
             logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns at every load of weights, of nothing
         return self._engine[1]
 
@@ -124,11 +122,9 @@ class _Run:
         return {STEP: step + 1, **metrics, "time/step": time.perf_counter() - start}
 
     def _publish(self) -> None:
-        from r3hf_ray.weights.in_process import publication
-
-        published = publication(self._learner.full_parameters(), self._learner.step)
-        if self._engine.load_weights(published).fingerprint != published.fingerprint:
-            raise RunFailed("the engine did not load the weights it was given")
+        published = publication(self._learner.full_parameters, self._learner.step)
+        if wrong := objection(published, self._engine.load_weights(published), max_gap=0.0):
+            raise RunFailed(f"the engine {wrong}")
 
     def _calibrate(self) -> None:
         config = self._config

@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
+from r3hf_ray.methods import methods_that
 from r3hf_ray.sections.actors import LearnerSection, RolloutSection, TrainerSection, WeightsSection
 from r3hf_ray.sections.data import DataSection
 from r3hf_ray.sections.models import BaseModelSection, CostSection, ModelSection
@@ -71,7 +72,8 @@ class PPOConfig(Command):
         if self.critic.init != "auto":
             return self.critic.init
         alone = self.summed == {MAIN} and self.model.reward_weight > 0.0
-        return "reward_model" if self.reward.mode == "terminal" and alone else "reward_trunk"
+        sparse = not self.reward.facts.mixed_by
+        return "reward_model" if sparse and alone else "reward_trunk"
 
     @property
     def summed(self) -> set[str]:
@@ -146,7 +148,7 @@ class PPOConfig(Command):
 
     def _credit_rules(self) -> list[tuple[bool, str]]:
         reward, ppo = self.reward, self.ppo
-        differences = reward.mode in ("r3hf", "segment")
+        facts = reward.facts
         grouped = ppo.advantage in ("rloo", "grpo")
         lender, names = reward.prefixes_from, [further.name for further in self.model.rewards]
         return [
@@ -155,7 +157,7 @@ class PPOConfig(Command):
                 f"reward.prefixes_from = {lender} is none of [[model.rewards]] ({', '.join(names) or 'empty'})",
             ),
             (
-                lender is None or reward.reads_prefixes,
+                lender is None or facts.reads_prefixes,
                 f"reward.prefixes_from needs a mode that reads prefixes, not reward.mode = {reward.mode}",
             ),
             (
@@ -164,13 +166,13 @@ class PPOConfig(Command):
                 "reward.eos_jump = drop takes away: use keep or spread",
             ),
             (
-                reward.eos_jump == "keep" or reward.reads_prefixes,
+                reward.eos_jump == "keep" or facts.reads_prefixes,
                 f"reward.eos_jump = {reward.eos_jump} needs a mode that pays differences of prefix scores, not "
                 f"reward.mode = {reward.mode}",
             ),
             (
-                reward.mode != "abc" or reward.beta_c == 1.0,
-                "reward.beta_c must stay 1 with reward.mode = abc, which mixes by reward.abc_beta",
+                facts.mixed_by in ("", "beta_c") or reward.beta_c == 1.0,
+                f"reward.beta_c must stay 1 with reward.mode = {reward.mode}, which mixes by reward.{facts.mixed_by}",
             ),
             (
                 not grouped or self.rollout.samples_per_prompt >= 2,
@@ -178,8 +180,9 @@ class PPOConfig(Command):
                 "at least 2",
             ),
             (
-                not grouped or differences or reward.mode == "terminal",
-                f"ppo.advantage = {ppo.advantage} needs reward.mode = terminal, r3hf or segment: with {reward.mode} "
+                not grouped or facts.potential_based,
+                f"ppo.advantage = {ppo.advantage} needs reward.mode = "
+                f"{methods_that(lambda method: method.potential_based)}: with {reward.mode} "
                 "what is still to be paid shrinks along a response, and its group's mean is on another scale",
             ),
             (
@@ -187,8 +190,9 @@ class PPOConfig(Command):
                 "ppo.advantage = reinforce_pp is whitening: ppo.whiten_advantages must stay true",
             ),
             (
-                ppo.advantage != "r3hf_baseline" or (differences and reward.beta_c == 1.0),
-                "ppo.advantage = r3hf_baseline needs reward.mode = r3hf or segment and reward.beta_c = 1: otherwise "
-                "nothing stands in for a critic",
+                ppo.advantage != "r3hf_baseline" or (facts.pays_differences and reward.beta_c == 1.0),
+                f"ppo.advantage = r3hf_baseline needs reward.mode = "
+                f"{methods_that(lambda method: method.pays_differences)} and reward.beta_c = 1: otherwise nothing "
+                "stands in for a critic",
             ),
         ]

@@ -11,6 +11,7 @@ from r3hf_ray.config import PPOConfig
 from r3hf_ray.data.chat import pooling_suffix
 from r3hf_ray.data.loading import PromptRow, Report, load_prompts
 from r3hf_ray.errors import ConfigError, ModelError
+from r3hf_ray.methods import METHODS
 from r3hf_ray.models.load import (
     check_folder,
     check_same_vocabulary,
@@ -25,7 +26,6 @@ from r3hf_ray.scoring.scorer import RewardModel, load_gold
 from r3hf_ray.scoring.vllm_reader import require_readable
 from r3hf_ray.sections.models import ModelSection, field_of
 from r3hf_ray.sections.ppo import CriticSection
-from r3hf_ray.sections.rewards import MODES
 from r3hf_ray.types import COST, MAIN
 from r3hf_ray.user_functions import user_function
 from r3hf_ray.weights.media import check_medium
@@ -182,12 +182,12 @@ def _reward_model(
 
 def _check_fit(name: str, source: str, loss: float, config: PPOConfig) -> None:
     reward = config.reward
-    if reward.mode == "abc":
+    if "attention" in reward.facts.needs:
         raise ConfigError(
-            f"{field_of(name)}: {source} has another tokenizer or chat template than the policy, and reward.mode = abc "
-            "pays by attention to the policy's own tokens: use reward.mode = r3hf"
+            f"{field_of(name)}: {source} has another tokenizer or chat template than the policy, and reward.mode = "
+            f"{reward.mode} pays by attention to the policy's own tokens: use reward.mode = r3hf"
         )
-    if reward.reads_prefixes and loss > reward.max_alignment_loss:
+    if reward.facts.reads_prefixes and loss > reward.max_alignment_loss:
         raise ConfigError(
             f"{field_of(name)}: {loss:.0%} of the policy's tokens, in a sample of the prompts, end inside a token of "
             f"{source} or in text that it cannot read, more than reward.max_alignment_loss "
@@ -231,9 +231,9 @@ def _settled(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PPO
 
 def _check_method(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """What a reward actor would find out only after it has loaded its models."""
-    if config.reward.mode not in MODES:
+    if config.reward.mode not in METHODS:
         user_function(config.reward.mode, field="reward.mode")
-    if config.reward.mode == "segment" and config.reward.segment_by == "sentence":
+    if "span_ends" in config.reward.facts.needs and config.reward.segment_by == "sentence":
         sentence_end_ids(tokenizer)
 
 
@@ -251,7 +251,7 @@ def _check_window(policy: PretrainedConfig, rows: list[PromptRow], needed: int, 
 def _warnings(config: PPOConfig) -> list[str]:
     reward = config.reward
     warnings = []
-    differences = reward.mode in ("r3hf", "segment")
+    differences = reward.facts.pays_differences
     if differences and config.has_critic and config.critic_init == "reward_model":
         warnings.append(
             f"critic.init = reward_model with reward.mode = {reward.mode} counts the prefix score twice: the critic "

@@ -116,9 +116,9 @@ def test_frozen(tmp_path: Path) -> None:
         (PPO + "gamma = 1.1\n", "job.toml: ppo.gamma: must be less than or equal to 1; got 1.1"),
         (
             PPO + "[reward]\nmode = 'dense'\n",
-            "job.toml: reward.mode: no method 'dense'; choose terminal, r3hf, uniform",
+            "job.toml: reward.mode: no method 'dense'; choose r3hf, segment, abc, uniform, terminal",
         ),
-        (PPO + "[reward]\nmode = 'my-module:f'\n", "job.toml: reward.mode: no method 'my-module:f'; choose terminal"),
+        (PPO + "[reward]\nmode = 'my-module:f'\n", "job.toml: reward.mode: no method 'my-module:f'; choose r3hf"),
         (PPO + "dual_clip = 1.0\n", "job.toml: ppo.dual_clip: must be greater than 1; got 1.0"),
         (
             PPO.replace('name = "a-run"', 'name = "../up"'),
@@ -163,7 +163,7 @@ def test_one_sentence_for_a_wrong_field(tmp_path: Path, text: str, sentence: str
         (["--ppo.advantage", "rloo"], ["ppo.advantage = rloo", "rollout.samples_per_prompt must be at least 2"]),
         (
             ["--ppo.advantage", "grpo", "--rollout.samples_per_prompt", "2", "--reward.mode", "uniform"],
-            ["ppo.advantage = grpo", "needs reward.mode = terminal, r3hf or segment", "uniform"],
+            ["ppo.advantage = grpo", "needs reward.mode = r3hf, segment or terminal", "uniform"],
         ),
         (
             ["--ppo.advantage", "reinforce_pp", "--ppo.whiten_advantages", "false"],
@@ -313,7 +313,7 @@ def test_terminal_weight(tmp_path: Path, mode: str, beta_c: str, weight: float) 
 
 def test_abc_mixes_by_its_own_beta(tmp_path: Path) -> None:
     reward = load(PPOConfig, toml(tmp_path), ["--reward.mode", "abc", "--reward.abc_beta", "0.25"]).reward
-    assert (reward.method_weight, reward.pays_shares, reward.reads_prefixes) == (0.25, True, False)
+    assert (reward.method_weight, reward.facts.pays_shares, reward.facts.reads_prefixes) == (0.25, True, False)
 
 
 def test_responses_per_step(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ Notation, for one response ``y_1..y_T`` to a prompt ``x`` (the functions take a 
     R   = R(x, y)         the head at the reward model's own pooling position, which may lie behind token T
 
 Index ``t`` is the action that emits token ``t``. Every ``[B, T]`` result is exactly 0 outside ``response_mask``.
-A method is a function ``(scores, response_mask) -> rewards [B, T]``; `METHODS` names them. Those that read more (`abc`,
-`segment`) take it by keyword and are bound to it before `redistribute` calls them.
+A method is a function ``(scores, response_mask) -> rewards [B, T]``; `FUNCTIONS` names them, and `methods.METHODS` says
+what each is like. Those that read more (`abc`, `segment`) take it by keyword and are bound to it before `redistribute`
+calls them.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from r3hf_ray.algorithms.masking import last_token, previous_token
+from r3hf_ray.methods import METHODS, facts_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,23 +157,14 @@ def abc(
     return scores.pooled[:, None] * shares
 
 
-METHODS: dict[str, Callable[..., Float[Tensor, "B T"]]] = {
+FUNCTIONS: dict[str, Callable[..., Float[Tensor, "B T"]]] = {
     "terminal": terminal,
     "r3hf": r3hf,
     "uniform": uniform,
     "abc": abc,
     "segment": segment,
 }
-"""Name in the configuration -> function."""
-
-TOTALS: dict[str, Callable[[PrefixScores], Float[Tensor, "B"]]] = {
-    "terminal": lambda scores: scores.pooled,
-    "r3hf": lambda scores: scores.pooled - scores.prompt,
-    "uniform": lambda scores: scores.pooled,
-    "abc": lambda scores: scores.pooled,
-    "segment": lambda scores: scores.pooled - scores.prompt,
-}
-"""What each method sums to over a response."""
+"""By the names of `methods.METHODS`, where the facts of each stand."""
 
 
 def settle_eos_jump(
@@ -225,20 +218,18 @@ def redistribute(
     Args:
         scores: of the batch, from `settle_eos_jump` where that is not to be kept.
         response_mask: response tokens.
-        mode: a name in `METHODS`, or a user's ``package.module:function``.
+        mode: a name in `FUNCTIONS`, or a user's ``package.module:function``.
         beta_c: share of the reward that the method redistributes.
         subtract_prompt_score: False sets P_0 to 0.
         method: what ``mode`` names, bound to whatever it reads besides the two; may be left out where that is nothing.
 
     Raises:
-        ValueError: ``mode`` is not a name in `METHODS` and there is no ``method``, or its result has the wrong shape.
+        ValueError: ``mode`` is not a name in `FUNCTIONS` and there is no ``method``, or its result has the wrong shape.
     """
     if method is None:
         _require_method(mode)
-        method = METHODS[mode]
+        method = FUNCTIONS[mode]
     sparse = terminal(scores, response_mask)
-    if mode == "terminal":
-        return sparse
     dense = method(scores.based(subtract_prompt_score=subtract_prompt_score), response_mask)
     if dense.shape != response_mask.shape:
         raise ValueError(f"{mode} gives rewards of shape {list(dense.shape)}, not {list(response_mask.shape)}")
@@ -249,12 +240,11 @@ def expected_sum(scores: PrefixScores, *, mode: str, beta_c: float, subtract_pro
     """What `redistribute` must sum to over each response: for `r3hf`, ``beta_c * (R - P_0) + (1 - beta_c) * R``.
 
     Raises:
-        ValueError: ``mode`` is not a name in `METHODS`.
+        ValueError: ``mode`` is not a name in `FUNCTIONS`.
     """
     _require_method(mode)
-    if mode == "terminal":
-        return scores.pooled
-    dense = TOTALS[mode](scores.based(subtract_prompt_score=subtract_prompt_score))
+    paid_before = scores.based(subtract_prompt_score=subtract_prompt_score).prompt
+    dense = scores.pooled - paid_before if METHODS[mode].total == "R - P_0" else scores.pooled
     return beta_c * dense + (1.0 - beta_c) * scores.pooled
 
 
@@ -275,7 +265,7 @@ def telescoping_error(
 
     A user's own method (``package.module:function``) may sum to anything: 0 if its sum is finite, else NaN.
     """
-    if ":" in mode:
+    if facts_of(mode).total == "anything":
         return 0.0 * rewards.masked_fill(~response_mask, 0.0).double().sum(1)
     expected = expected_sum(scores, mode=mode, beta_c=beta_c, subtract_prompt_score=subtract_prompt_score).double()
     paid = rewards.masked_fill(~response_mask, 0.0).double().sum(1)
@@ -284,5 +274,5 @@ def telescoping_error(
 
 
 def _require_method(mode: str) -> None:
-    if mode not in METHODS:
+    if mode not in FUNCTIONS:
         raise ValueError(f"no redistribution method {mode!r}; choose one of {', '.join(METHODS)}")

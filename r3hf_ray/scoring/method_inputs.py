@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from r3hf_ray.algorithms.redistribution import METHODS, Method, PrefixScores, RedistributionInputs, abc, segment
+from r3hf_ray.algorithms.redistribution import FUNCTIONS, Method, PrefixScores, RedistributionInputs, abc, segment
 from r3hf_ray.algorithms.spans import ends_sentence, entropy_ends, ngram_ends, sentence_ends
 from r3hf_ray.errors import ModelError
 from r3hf_ray.models.load import load_tokenizer
@@ -41,7 +41,7 @@ def method_of(mode: str, *, segment_by: str, segment_ngram: int, segment_entropy
     """How to get the function that `reward.mode` names, once a microbatch's evidence is there.
 
     Args:
-        mode: a name in `METHODS`, or a user's own function.
+        mode: a name in `FUNCTIONS`, or a user's own function.
         segment_by: sentence, ngram or entropy; read by `segment` only, like the next two.
         segment_ngram: in tokens.
         segment_entropy: in nats.
@@ -55,8 +55,8 @@ def method_of(mode: str, *, segment_by: str, segment_ngram: int, segment_entropy
         return _abc
     if mode == "segment":
         return _segment(segment_by, segment_ngram, segment_entropy, tokenizer)
-    if mode in METHODS:
-        return lambda evidence: METHODS[mode]
+    if mode in FUNCTIONS:
+        return lambda evidence: FUNCTIONS[mode]
     function = user_function(mode, field="reward.mode")
 
     def bind(evidence: Evidence) -> Method:

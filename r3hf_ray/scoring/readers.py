@@ -16,10 +16,10 @@ from torch import Tensor
 from r3hf_ray.algorithms.alignment import align
 from r3hf_ray.algorithms.batching import pad_rows
 from r3hf_ray.algorithms.redistribution import PrefixScores
+from r3hf_ray.methods import facts_of
 from r3hf_ray.models.load import load_reward_model, require_causal
 from r3hf_ray.scoring.prefix_scores import prefix_scores, prefix_scores_and_attention
 from r3hf_ray.scoring.translation import Translator
-from r3hf_ray.sections.rewards import WITHOUT_PREFIXES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,16 +103,16 @@ class SameIds:
             ModelError: it cannot be loaded, or ``mode`` reads prefixes and it looks ahead.
         """
         self._settings = settings
-        attention = "eager" if settings.mode == "abc" else "sdpa"
+        attention = "eager" if "attention" in facts_of(settings.mode).needs else "sdpa"
         self.model = load_reward_model(settings.source, settings.dtype, attention=attention).to(settings.device)
-        if settings.mode not in WITHOUT_PREFIXES:
+        if facts_of(settings.mode).reads_prefixes:
             require_causal(self.model, self.model.get_input_embeddings().num_embeddings)
 
     def read(self, batch: Sampled) -> Reading:
         """Its scores of every prefix, and its attention where ``mode`` reads that."""
         arrays = (batch.token_ids, batch.attention_mask, batch.response_mask)
         suffix_ids, attention = list(self._settings.suffix_ids), None
-        if self._settings.mode == "abc":
+        if "attention" in facts_of(self._settings.mode).needs:
             scores, attention = prefix_scores_and_attention(
                 self.model, *arrays, suffix_ids=suffix_ids, finished=batch.finished
             )

@@ -4,12 +4,8 @@ from typing import Literal
 
 from pydantic import field_validator
 
+from r3hf_ray.methods import METHODS, MethodFacts, facts_of
 from r3hf_ray.sections.fields import Fraction, NonNegative, NonNegativeFloat, Positive, Section
-
-MODES = ("terminal", "r3hf", "uniform", "abc", "segment")
-"""Names of `algorithms.redistribution.METHODS`, which this layer cannot import."""
-WITHOUT_PREFIXES = ("terminal", "uniform", "abc")
-"""Those that read the final score only, so that the reward model need not be causal."""
 
 
 class RewardSection(Section):
@@ -80,22 +76,16 @@ class RewardSection(Section):
     @classmethod
     def _known_mode(cls, mode: str) -> str:
         module, _, function = mode.partition(":")
-        if mode in MODES or (function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        if mode in METHODS or (function.isidentifier() and all(part.isidentifier() for part in module.split("."))):
             return mode
-        raise ValueError(f"no method {mode!r}; choose {', '.join(MODES)} or your own package.module:function")
+        raise ValueError(f"no method {mode!r}; choose {', '.join(METHODS)} or your own package.module:function")
+
+    @property
+    def facts(self) -> MethodFacts:
+        """Of the method that `mode` names."""
+        return facts_of(self.mode)
 
     @property
     def method_weight(self) -> float:
         """Share of the reward that the method redistributes; the rest is paid at the last token."""
-        weights = {"terminal": 0.0, "abc": self.abc_beta}
-        return weights.get(self.mode, self.beta_c)
-
-    @property
-    def reads_prefixes(self) -> bool:
-        """Whether the scores of prefixes matter, and not the final score only."""
-        return self.mode not in WITHOUT_PREFIXES
-
-    @property
-    def pays_shares(self) -> bool:
-        """Whether each token earns a share of the score itself, and none a difference of scores."""
-        return self.mode in ("uniform", "abc")
+        return {"": 0.0, "beta_c": self.beta_c, "abc_beta": self.abc_beta}[self.facts.mixed_by]

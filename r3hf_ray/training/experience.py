@@ -221,7 +221,7 @@ def _scaled(
     part: BatchScores, mask: Bool[Tensor, "B T"], config: PPOConfig, scale: RewardScale
 ) -> Float[Tensor, "B T"]:
     rewards = part.token_rewards
-    if config.reward.pays_shares:
+    if config.reward.facts.pays_shares:
         return normalize_shares(rewards, part.score, mask, mean=scale.mean, scale=scale.scale)
     weight = config.terminal_weight
     return normalize(rewards, mask, mean=scale.mean, scale=scale.scale, terminal_weight=weight)

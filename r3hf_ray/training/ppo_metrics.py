@@ -156,7 +156,7 @@ def _credit_metrics(of: dict[str, Moments], added: dict[str, list[float]], confi
         "r3hf/eos_token_mass": eos / everywhere if everywhere else 0.0,
         "policy/positive_advantages": added["positive"][0] / max(of["advantage"].count, 1.0),
     }
-    if config.reward.reads_prefixes:
+    if config.reward.facts.reads_prefixes:
         metrics["r3hf/eos_jump_mass"] = jumps / differences if differences else 0.0
         metrics["r3hf/alignment_loss"] = of["alignment_loss"].mean
     return metrics

@@ -1,3 +1,4 @@
+import inspect
 import itertools
 from dataclasses import replace
 from functools import partial
@@ -8,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from r3hf_ray.algorithms.advantages import gae
 from r3hf_ray.algorithms.masking import last_token
 from r3hf_ray.algorithms.redistribution import (
-    METHODS,
-    TOTALS,
+    FUNCTIONS,
     PrefixScores,
     abc,
     eos_jump,
@@ -25,7 +26,7 @@ from r3hf_ray.algorithms.redistribution import (
     uniform,
 )
 from r3hf_ray.algorithms.spans import entropy_ends, ngram_ends, sentence_ends
-from r3hf_ray.sections.rewards import MODES
+from r3hf_ray.methods import METHODS
 
 OPTIONS = [
     {"mode": mode, "beta_c": beta_c, "subtract_prompt_score": subtract}
@@ -177,17 +178,49 @@ def test_unknown_names_are_refused_with_the_choices(ragged):
         lambda: redistribute(scores, mask, mode="sparse", beta_c=1.0, subtract_prompt_score=True),
         lambda: expected_sum(scores, mode="sparse", beta_c=1.0, subtract_prompt_score=True),
     ):
-        with pytest.raises(ValueError, match="no redistribution method 'sparse'; choose one of terminal, r3hf"):
+        with pytest.raises(ValueError, match="no redistribution method 'sparse'; choose one of r3hf, segment"):
             function()
     with pytest.raises(ValueError, match="choose keep, spread or drop"):
         settle_eos_jump(scores, mask, torch.ones(4, dtype=torch.bool), rule="pay")
 
 
-def test_every_method_says_what_it_sums_to(ragged):
+@pytest.mark.parametrize("mode", METHODS)
+def test_every_function_is_what_its_facts_say(ragged, mode):
     scores, mask = ragged()
-    assert METHODS.keys() == TOTALS.keys() == set(MODES)
-    for name, method in bound(mask).items():
-        torch.testing.assert_close(method(scores, mask).sum(1), TOTALS[name](scores), rtol=0, atol=1e-13)
+    facts, method = METHODS[mode], bound(mask)[mode]
+    rewards = method(scores, mask)
+    total = scores.pooled - scores.prompt if facts.total == "R - P_0" else scores.pooled
+    torch.testing.assert_close(rewards.sum(1), total, rtol=0, atol=1e-13)
+    parameters = inspect.signature(FUNCTIONS[mode]).parameters.values()
+    assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty} == set(facts.needs)
+    other = method(replace(scores, prefix=scores.prefix + torch.randn_like(scores.prefix) * mask), mask)
+    assert facts.reads_prefixes == (not torch.equal(other, rewards))
+    doubled = method(replace(scores, pooled=2 * scores.pooled, prompt=scores.prompt + 1.0), mask)
+    shares = torch.allclose(doubled, 2 * rewards) and not torch.equal(rewards, terminal(scores, mask))
+    assert facts.pays_shares == shares
+
+
+@pytest.mark.parametrize("mode", METHODS)
+def test_a_potential_is_a_function_of_what_has_happened_and_leaves_every_advantage(ragged, mode):
+    """A token before the last is paid the same whatever comes; then gae(rewards, V - Phi) is gae(terminal, V)."""
+    scores, mask = ragged()
+    method = bound(mask)[mode]
+    rewards, late = method(scores, mask), mask & (mask.cumsum(1) > 3)
+    changed = replace(scores, prefix=scores.prefix + 3.0 * late, pooled=scores.pooled + 5.0)
+    early = mask & ~late & ~last_token(mask)
+    assert METHODS[mode].potential_based == torch.allclose(method(changed, mask)[early], rewards[early])
+    if METHODS[mode].potential_based:
+        paid_before = rewards.cumsum(1) - rewards
+        start = scores.prompt if METHODS[mode].total == "R - P_0" else torch.zeros_like(scores.prompt)
+        potential = (start[:, None] + paid_before).masked_fill(~mask, 0.0)
+        values = torch.randn_like(rewards) * mask
+        ours, _ = gae(rewards, values - potential, mask, gamma=1.0, lam=0.9)
+        theirs, _ = gae(terminal(scores, mask), values, mask, gamma=1.0, lam=0.9)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_facts_and_functions_have_the_same_names():
+    assert METHODS.keys() == FUNCTIONS.keys()
 
 
 def bound(mask, seed=9):
@@ -195,10 +228,10 @@ def bound(mask, seed=9):
     generator = torch.Generator().manual_seed(seed)
     attention = torch.rand(mask.shape, generator=generator, dtype=torch.float64)
     ends = torch.rand(mask.shape, generator=generator) < 0.3
-    return METHODS | {"abc": partial(abc, attention=attention), "segment": partial(segment, span_ends=ends)}
+    return FUNCTIONS | {"abc": partial(abc, attention=attention), "segment": partial(segment, span_ends=ends)}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", METHODS)
 @pytest.mark.parametrize("rule", ["keep", "spread", "drop"])
 @pytest.mark.parametrize(("beta_c", "subtract"), itertools.product([0.3, 1.0], [True, False]))
 def test_every_method_telescopes_in_float32_under_every_rule_for_the_jump(ragged, mode, rule, beta_c, subtract):

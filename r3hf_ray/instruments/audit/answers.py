@@ -4,8 +4,7 @@ A reward model is free up to a constant and a factor, so credit is compared afte
 their mean and divided by their standard deviation over the answers at hand. Every token reward here is in that unit.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from r3hf_ray.algorithms.batching import microbatches, pad_rows
-from r3hf_ray.algorithms.redistribution import METHODS, PrefixScores, redistribute, telescoping_error
+from r3hf_ray.algorithms.redistribution import FUNCTIONS, PrefixScores, redistribute, telescoping_error
 from r3hf_ray.algorithms.spans import sentence_ends
 from r3hf_ray.data.chat import ChatFormat, chat_format, pooling_suffix
 from r3hf_ray.errors import ModelError
+from r3hf_ray.methods import METHODS
 from r3hf_ray.models.load import (
     check_same_vocabulary,
     eos_ids,
@@ -212,12 +212,11 @@ def credit_by_method(judge: Judge, scored: Sequence[Scored], *, mean: float, std
     tokenizer ends a sentence.
     """
     scores, mask = standardised(scored, mean=mean, std=std)
-    inputs = {"abc": _attention(scored), "segment": _span_ends(judge, scored, mask)}
+    at_hand = _attention(scored) | _span_ends(judge, scored, mask)
     paid: dict[str, Credit] = {}
-    for mode, method in METHODS.items():
-        at_hand = inputs.get(mode, {})
-        if _reads(method) <= at_hand.keys():
-            bound = partial(method, **at_hand)
+    for mode, facts in METHODS.items():
+        if at_hand.keys() >= set(facts.needs):
+            bound = partial(FUNCTIONS[mode], **{name: at_hand[name] for name in facts.needs})
             rewards = redistribute(scores, mask, mode=mode, beta_c=1.0, subtract_prompt_score=True, method=bound)
             paid[mode] = unpadded(rewards, mask)
     return paid
@@ -227,12 +226,6 @@ def r3hf_credit(scored: Sequence[Scored], *, mean: float, std: float) -> Credit:
     """What `r3hf` pays each token, in standard deviations of the score."""
     scores, mask = standardised(scored, mean=mean, std=std)
     return unpadded(redistribute(scores, mask, mode="r3hf", beta_c=1.0, subtract_prompt_score=True), mask)
-
-
-def _reads(method: Callable[..., Tensor]) -> set[str]:
-    """What a method must be given by keyword."""
-    parameters = inspect.signature(method).parameters.values()
-    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
 
 
 def _attention(scored: Sequence[Scored]) -> dict[str, Tensor]:

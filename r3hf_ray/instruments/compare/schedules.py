@@ -6,6 +6,7 @@ import numpy as np
 
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import ConfigError
+from r3hf_ray.methods import methods_that
 from r3hf_ray.types import MAIN, ScoredTrajectory
 
 SCHEDULED = ("reward.beta_c", "ppo.gae_lambda", "ppo.kl_coef")
@@ -54,10 +55,11 @@ def check_schedules(config: PPOConfig, schedules: tuple[Schedule, ...]) -> None:
         ConfigError: it could not, or would silently become another method.
     """
     fields, reward = {schedule.field for schedule in schedules}, config.reward
-    plain = reward.mode in ("r3hf", "segment") and reward.beta_c == 1.0 and reward.eos_jump == "keep"
+    plain = reward.facts.pays_differences and reward.beta_c == 1.0 and reward.eos_jump == "keep"
     if "reward.beta_c" in fields and not (plain and not any(further.weight for further in config.model.rewards)):
         raise ConfigError(
-            "schedules: reward.beta_c is remixed from rewards at 1: it needs reward.mode = r3hf or segment, "
+            "schedules: reward.beta_c is remixed from rewards at 1: it needs reward.mode = "
+            f"{methods_that(lambda facts: facts.pays_differences)}, "
             "reward.beta_c = 1, reward.eos_jump = keep, and no further model that is paid"
         )
     if "reward.beta_c" in fields and config.model.cost is not None:

@@ -16,6 +16,7 @@ from r3hf_ray.algorithms.credit import auc
 from r3hf_ray.instruments.audit.answers import Credit
 from r3hf_ray.instruments.credit.marked import MarkedAnswer, Text, changed_characters, marked_characters, on_characters
 from r3hf_ray.instruments.pages.intervals import Mean, mean_interval
+from r3hf_ray.methods import facts_of
 
 RANDOM, EARLIER, LATER = "random", "earlier is better", "later is better"
 LOGPROB, UNTRAINED = "reference log-probability", "untrained reward model"
@@ -76,7 +77,10 @@ def with_controls(
     rng = np.random.default_rng(seed)
     lengths = [len(text.offsets) for text in texts]
     return {
-        **{name: [shared(c) for c in credit] if name == "segment" else credit for name, credit in paid.items()},
+        **{
+            name: [shared(c) for c in credit] if "span_ends" in facts_of(name).needs else credit
+            for name, credit in paid.items()
+        },
         RANDOM: [rng.standard_normal(length) for length in lengths],
         EARLIER: [np.arange(length, 0, -1) / length for length in lengths],
         LATER: [np.arange(1, length + 1) / length for length in lengths],

@@ -6,15 +6,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from r3hf_ray.methods import METHODS
+
 HEAD, TAIL = 200, 60
 """Tokens shown of a longer answer: its end too, since most methods pay most there. [tokens]"""
-NOTES = {
-    "r3hf": "each token gets the change it makes in the score",
-    "segment": "r3hf summed over sentences or other spans, paid at the end of each",
-    "abc": "parts of the score by the reward model's attention",
-    "uniform": "an equal part of the score for every token",
-    "terminal": "the whole score at the end: the ordinary sparse reward",
-}
+NOTES = {name: facts.note for name, facts in METHODS.items()}
 """What each method does, for a reader who has not seen the code."""
 OWN_NOTE = "another method of this installation"
 KNOWN, KNOWN_NOTE = "known credit", "what each word is truly worth, on a scale of its own"

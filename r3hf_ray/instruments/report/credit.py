@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from r3hf_ray.algorithms.redistribution import METHODS, PrefixScores, redistribute
+from r3hf_ray.algorithms.redistribution import FUNCTIONS, PrefixScores, redistribute
 from r3hf_ray.algorithms.spans import ends_sentence
 from r3hf_ray.instruments.report.cards import (
     KNOWN,
@@ -29,6 +29,7 @@ from r3hf_ray.instruments.report.cards import (
     panel,
     scale_of,
 )
+from r3hf_ray.methods import METHODS, facts_of
 from r3hf_ray.records.samples import PART, read_samples, sample_steps
 from r3hf_ray.types import MAIN
 
@@ -56,7 +57,7 @@ class Payment:
     @property
     def steps(self) -> bool:
         """Whether a token earns the step that the prefix score takes at it, or a span the sum of its steps."""
-        return self.mode in ("r3hf", "segment") and self.plain and not self.several
+        return facts_of(self.mode).pays_differences and self.plain and not self.several
 
     @property
     def unit(self) -> str:
@@ -92,12 +93,13 @@ def paid_by_method(tokens: Tokens, payment: Payment) -> dict[str, np.ndarray]:
     )
     mask = torch.ones_like(prefix, dtype=torch.bool)
     ends = torch.tensor([[ends_sentence(token["token"]) for token in tokens]])
-    methods = METHODS | {"segment": partial(METHODS["segment"], span_ends=ends)}
-    return {
-        mode: redistribute(scores, mask, mode=mode, beta_c=1.0, subtract_prompt_score=True, method=method)[0].numpy()
-        for mode, method in methods.items()
-        if mode != "abc"
-    }
+    paid = {}
+    for mode, facts in METHODS.items():
+        if "attention" not in facts.needs:
+            method = partial(FUNCTIONS[mode], span_ends=ends) if facts.needs else FUNCTIONS[mode]
+            plain = redistribute(scores, mask, mode=mode, beta_c=1.0, subtract_prompt_score=True, method=method)
+            paid[mode] = plain[0].numpy()
+    return paid
 
 
 def credit_cards(run_folder: Path, payment: Payment) -> list[Card]:

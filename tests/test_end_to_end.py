@@ -111,6 +111,7 @@ reward_model = "{folder / "reward"}"
 [data]
 source = "{folder / "prompts.jsonl"}"
 heldout = 8
+split_by = "row"
 [rollout]
 prompts_per_step = {PROMPTS}
 max_response_tokens = 12

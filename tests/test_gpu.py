@@ -27,6 +27,7 @@ reward_model = "{folder}/rm"
 [data]
 source = "{folder}/world/prompts.jsonl"
 heldout = 16
+split_by = "row"
 [rollout]
 gpus_per_actor = {sampler_gpus}
 gpu_memory_utilization = 0.3

@@ -30,6 +30,7 @@ THIRD_PARTY = [
         "tokenizers",
         "safetensors",
         "datasets",
+        "pyarrow",
         "huggingface_hub",
         "jinja2",
         "gguf",

@@ -15,7 +15,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from r3hf_ray.data.records import Message, Unusable
+from r3hf_ray.data.messages import Message, Unusable
 from r3hf_ray.errors import DataError
 
 FORMAT_FILE = "r3hf_format.json"

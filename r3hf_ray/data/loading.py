@@ -1,25 +1,28 @@
 """What the commands train on: prompts, examples, pairs and ranked groups as token ids, with a report (layer 4).
 
-A row that cannot be read stops everything (`DataError` with its place). A well-formed row that cannot be used is
-counted, listed by number under its reason, and left out. Nothing is skipped in silence, nothing is cut to fit.
+A row that cannot be read stops everything (`DataError` with its place). A well-formed row that cannot be used, or that
+teaches nothing, is counted, listed by number under its reason, and left out. Nothing is skipped in silence, nothing is
+cut to fit. Of the prompts that are held out none is trained on, unless `data.split_by` says so.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.data.chat import ChatFormat, answer_ids, chat_format, prompt_ids, render_prompt
-from r3hf_ray.data.records import Message, Record, Unusable, detect, parse
+from r3hf_ray.data.messages import Message, Unusable, plain
+from r3hf_ray.data.records import NO_PREFERENCE, Record, detect, parse
 from r3hf_ray.data.sources import Source, open_source
-from r3hf_ray.errors import DataError
+from r3hf_ray.errors import ConfigError, DataError, sentence_of
 from r3hf_ray.sections.data import DataSection
 from r3hf_ray.types import Example, Pair, RankedGroup
 
 T = TypeVar("T")
 _LISTED = 20
+_EQUAL = "equal answers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +55,34 @@ class Report:
     unit: str
     read: int = 0
     used: int = 0
+    heldout: int = 0
+    """How many of the used ones are held out."""
+    repeated: int = 0
+    """Training rows whose prompt is held out too (`data.split_by` is `row`)."""
     left_out: dict[str, list[int]] = field(default_factory=dict)
     """Reason -> numbers of the lines or rows."""
 
     def __str__(self) -> str:
-        reasons = [f"{len(rows):,} {reason} ({self._places(rows)})" for reason, rows in self.left_out.items()]
         summary = f"{self.source}: {self.used:,} of {self.read:,} rows used"
-        return f"{summary}; left out: {', '.join(reasons)}" if reasons else summary
+        if self.heldout:
+            kept = f"; {self.repeated:,} of the others share a prompt with them, as data.split_by = row lets them"
+            summary += f", {self.heldout:,} of them held out" + (kept if self.repeated else "")
+        reasons = ", ".join(text for _, text in self._reasons())
+        return f"{summary}; left out: {reasons}" if reasons else summary
+
+    def nothing_left(self, *, skipped: int = 0, heldout: int = 0) -> DataError:
+        """The sentence that ends a command; it leads with what took most rows."""
+        if not self.read:
+            return DataError(f"{self.source}: holds no rows")
+        taken = [(skipped, f"{skipped:,} skipped (data.skip)"), (heldout, f"{heldout:,} held out (data.heldout)")]
+        taken = sorted([*self._reasons(), *(t for t in taken if t[0])], key=lambda t: -t[0])
+        return DataError(
+            f"{self.source}: none of its {self.read:,} rows is left: {', '.join(text for _, text in taken)}"
+        )
+
+    def _reasons(self) -> list[tuple[int, str]]:
+        found = [(len(rows), f"{len(rows):,} {why} ({self._places(rows)})") for why, rows in self.left_out.items()]
+        return sorted(found, key=lambda reason: -reason[0])
 
     def _places(self, rows: list[int]) -> str:
         shown = ", ".join(map(str, rows[:_LISTED]))
@@ -99,7 +123,7 @@ def load_examples(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_
 
     def example(_: int, record: Record) -> Example:
         if not record.answers:
-            raise DataError("has no answer to learn from; use another data.format")
+            raise Unusable(record.lacks)
         prompt, (answer,) = _sequences(record, [record.best], data, tokenizer, form, max_tokens)
         return Example(prompt_ids=prompt, answer_ids=answer)
 
@@ -109,17 +133,22 @@ def load_examples(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_
 
 
 def load_pairs(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> Loaded[Pair]:
-    """Prompts with a chosen and a rejected answer, their end tokens included; a ranking of many gives no pairs here.
+    """Prompts with a chosen and a rejected answer, their end tokens included.
+
+    A row that ranks several answers gives its first stated preference only, so that pairs stay independent of each
+    other and an audit's intervals are true; `load_groups` gives all of them.
 
     Raises:
-        DataError: unreadable data, rows that are no pairs, or no usable row.
+        DataError: unreadable data, or no usable row.
     """
     form = chat_format(tokenizer)
 
     def pair(_: int, record: Record) -> Pair:
-        if record.pairs != [(0, 1)] or len(record.answers) != 2:
-            raise DataError("is no pair of a chosen and a rejected answer; use another data.format")
-        prompt, (chosen, rejected) = _sequences(record, record.answers, data, tokenizer, form, max_tokens)
+        winner, loser = _told(record)[0]
+        texts = [record.answers[winner], record.answers[loser]]
+        prompt, (chosen, rejected) = _sequences(record, texts, data, tokenizer, form, max_tokens)
+        if chosen == rejected:
+            raise Unusable(_EQUAL)
         return Pair(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected)
 
     loaded = _load(data, pair)
@@ -130,19 +159,20 @@ def load_pairs(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_tok
 def load_groups(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> Loaded[RankedGroup]:
     """Ranked answers to each prompt as whole sequences, with every stated preference as (preferred, other).
 
+    Of two answers that are equal none is preferred, whatever a row says.
+
     Raises:
-        DataError: unreadable data, rows without preferences, or no usable row.
+        DataError: unreadable data, or no usable row.
     """
     form = chat_format(tokenizer)
 
     def group(_: int, record: Record) -> RankedGroup:
-        if not record.answers:
-            raise DataError("has no answers to rank; use another data.format")
-        if not record.pairs:
-            raise Unusable("no preference stated")
+        told = _told(record)
         prompt, answers = _sequences(record, record.answers, data, tokenizer, form, max_tokens)
-        sequences = [prompt + answer for answer in answers]
-        return RankedGroup(prompt_tokens=len(prompt), sequences=sequences, pairs=record.pairs)
+        pairs = [(winner, loser) for winner, loser in told if answers[winner] != answers[loser]]
+        if not pairs:
+            raise Unusable(_EQUAL)
+        return RankedGroup(prompt_tokens=len(prompt), sequences=[prompt + answer for answer in answers], pairs=pairs)
 
     loaded = _load(data, group)
     _require_end(form, [list(s) for g in loaded.train for s in g.sequences], tokenizer, data)
@@ -150,7 +180,7 @@ def load_groups(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_to
 
 
 def is_ranked(data: DataSection) -> bool:
-    """Whether the rows rank several answers (`load_groups`) rather than hold plain pairs (`load_pairs`).
+    """Whether the rows rank several answers (`load_groups`) rather than hold pairs (`load_pairs`).
 
     Raises:
         DataError: the first row cannot be read, or its columns fit no format.
@@ -158,38 +188,77 @@ def is_ranked(data: DataSection) -> bool:
     return _format(data, next(open_source(data).rows, (0, {}))[1]) in ("ranked", "nectar")
 
 
-def _load(data: DataSection, convert: Callable[[int, Record], T]) -> Loaded[T]:
-    source = open_source(data)
-    report = Report(source.name, source.unit)
-    end = None if data.limit is None else data.skip + data.limit
-    usable = list(islice(_usable(data, source, convert, report), end))[data.skip :]
-    train = usable[: max(0, len(usable) - data.heldout)]
-    report.used = len(usable)
-    if not train:
-        raise DataError(
-            f"{report}; data.skip ({data.skip}) and data.heldout ({data.heldout}) leave nothing to train on: lower "
-            "them or use more data"
-        )
-    return Loaded(train, usable[len(train) :], report)
+def read_rows(source: Source, read: Callable[[int, Mapping[str, Any]], T], report: Report) -> Iterator[T]:
+    """What `read` makes of every row; the one place where a row is left out or refused.
 
-
-def _usable(data: DataSection, source: Source, convert: Callable[[int, Record], T], report: Report) -> Iterator[T]:
-    form = None
+    Raises:
+        DataError: a row that cannot be read, with its place: whatever a parser, a template or a tokenizer makes of it.
+    """
     for number, row in source.rows:
         report.read += 1
-        form = form or _format(data, row)
         try:
-            item = convert(number, parse(row, form))
+            item = read(number, row)
         except Unusable as reason:
             report.left_out.setdefault(str(reason), []).append(number)
         except DataError as error:
-            place = f"{source.name}:{number}" if source.unit == "line" else f"{source.name}: row {number}"
-            raise DataError(f"{place}: {error}") from None
+            raise DataError(f"{source.place(number)}: {error}") from None
+        except ConfigError:
+            raise
+        except Exception as error:  # of a stranger's template or tokenizer; nothing narrower holds for all of them
+            what = ascii(sentence_of(error))[1:-1]
+            raise DataError(
+                f"{source.place(number)}: cannot be turned into tokens ({type(error).__name__}: {what}); correct or "
+                "remove it, or the tokenizer's chat template"
+            ) from error
         else:
             yield item
 
 
-def _format(data: DataSection, row: dict[str, object]) -> str:
+def _load(data: DataSection, convert: Callable[[int, Record], T]) -> Loaded[T]:
+    source = open_source(data)
+    report = Report(source.name, source.unit)
+    form = ""
+
+    def read(number: int, row: Mapping[str, Any]) -> tuple[int, int, T]:
+        nonlocal form
+        form = form or _format(data, row)
+        record = parse(row, form)
+        return number, _asked(record), convert(number, record)
+
+    end = None if data.limit is None else data.skip + data.limit
+    found = list(islice(read_rows(source, read, report), end))
+    selected = found[data.skip :]
+    train, heldout = selected[: max(0, len(selected) - data.heldout)], selected[-data.heldout or len(selected) :]
+    asked = {prompt for _, prompt, _ in heldout}
+    shared = [number for number, prompt, _ in train if prompt in asked]
+    if data.split_by == "row":
+        report.repeated = len(shared)
+    elif shared:
+        train = [row for row in train if row[1] not in asked]
+        report.left_out['with a prompt that is held out (data.split_by = "row" keeps them)'] = shared
+    report.heldout, report.used = len(heldout), len(train) + len(heldout)
+    if not train:
+        raise report.nothing_left(skipped=min(data.skip, len(found)), heldout=len(heldout))
+    return Loaded([item for _, _, item in train], [item for _, _, item in heldout], report)
+
+
+def _asked(record: Record) -> int:
+    """Two rows ask the same when every turn before the answer is the same, but for space around it."""
+    return hash(tuple(plain(record.prompt)))
+
+
+def _told(record: Record) -> list[tuple[int, int]]:
+    """The preferences between answers that differ."""
+    if not record.pairs:
+        raise Unusable(record.lacks or NO_PREFERENCE)
+    texts = [answer.strip() for answer in record.answers]
+    told = [(winner, loser) for winner, loser in record.pairs if texts[winner] != texts[loser]]
+    if not told:
+        raise Unusable(_EQUAL)
+    return told
+
+
+def _format(data: DataSection, row: Mapping[str, Any]) -> str:
     if data.format != "auto":
         return data.format
     if not row:

@@ -5,29 +5,36 @@ A record is a dialogue up to the answer, the answers to it, and which answer was
 | format | answers | pairs |
 |---|---|---|
 | ``prompt`` | the ``completion``, where there is one | none |
-| ``messages`` | the last assistant turn | none |
-| ``preference``, ``hh``, ``safe_rlhf``, ``tldr_pairs`` | chosen, rejected | (0, 1) |
+| ``messages`` | the last assistant turn; none where the user speaks last | none |
+| ``preference``, ``hh``, ``safe_rlhf``, ``tldr_pairs``, ``arena``, ``helpsteer`` | chosen, rejected | (0, 1) |
 | ``safe_rlhf_cost``, never detected | the less safe one, the safer one | (0, 1) |
 | ``ranked``, ``nectar`` | all | every stated preference |
+
+Text stays text: it is never made from a number, and a missing value is a reason to leave a row out. Columns that change
+what a row means are read (`label`, ties, `system`) or are a reason too (images, tools, earlier turns elsewhere).
 """
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
+from r3hf_ray.data.messages import (
+    ASSISTANT,
+    TURN,
+    Message,
+    Unusable,
+    blank,
+    dialogue,
+    messages_of,
+    names_of,
+    plain,
+    refuse_unread,
+    text_of,
+    transcript,
+)
 from r3hf_ray.errors import DataError
-
-
-class Message(TypedDict):
-    """One turn of a dialogue, as chat templates read it."""
-
-    role: str
-    content: str
-
-
-class Unusable(ValueError):
-    """A well-formed row that cannot be used; the message is the reason it is counted under."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,8 @@ class Record:
     answers: list[str]
     pairs: list[tuple[int, int]]
     """(preferred, other), indices into `answers`."""
+    lacks: str = ""
+    """Why the row says that there is no answer to imitate, or none preferred; its prompt is good all the same."""
 
     @property
     def best(self) -> str:
@@ -55,15 +64,13 @@ def detect(columns: Mapping[str, Any], source: str) -> str:
     Raises:
         DataError: no format has these columns; the sentence lists what is there and what would do.
     """
+    there = _usual_names(columns)
     for name, required in _COLUMNS.items():
-        if required <= columns.keys():
-            return "hh" if name == "preference" and _is_transcript(columns) else name
-    if {"chosen", "rejected"} <= columns.keys():
-        return "hh" if isinstance(columns["chosen"], str) else "preference"
+        if required <= there.keys():
+            return "hh" if name == "preference" and _is_transcript(there) else name
     known = "; ".join(f"{name}: {', '.join(sorted(required))}" for name, required in _COLUMNS.items())
     raise DataError(
-        f"{source}: columns {', '.join(map(str, columns))} fit no known format; rename them or set data.format "
-        f"({known}; hh: chosen, rejected)"
+        f"{source}: columns {names_of(columns)} fit no known format; rename them or set data.format ({known})"
     )
 
 
@@ -71,93 +78,166 @@ def parse(row: Mapping[str, Any], form: str) -> Record:
     """Parse one row.
 
     Raises:
-        Unusable: a well-formed row without a shared prompt, a stated preference or a last assistant turn.
+        Unusable: a well-formed row without a shared prompt, or with something that is not read.
         DataError: a missing column or a value of another type (without the row's place, which the caller adds).
     """
+    refuse_unread(row)
     try:
-        return PARSERS[form](row)
+        record = _as_labelled(row, PARSERS[form](_with_input(row)))
+        record = replace(record, prompt=_with_system(row, record.prompt))
     except KeyError as error:
-        raise DataError(f"has no field {error} (data.format is {form}); there are {', '.join(map(str, row))}") from None
+        raise DataError(f"has no field {error} (data.format is {form}); there are {names_of(row)}") from None
     except (TypeError, IndexError) as error:
         raise DataError(f"is not shaped as data.format {form}: {error}") from None
+    if not any(turn["content"].strip() for turn in record.prompt if turn["role"] != "system"):
+        raise Unusable("empty prompt")
+    return record
+
+
+def _as_labelled(row: Mapping[str, Any], record: Record) -> Record:
+    """Without answers that a column calls undesirable (as in data for KTO), or of which it says that none is better."""
+    if record.pairs:
+        return replace(record, answers=[], pairs=[], lacks="stated tie") if _is_tie(row) else record
+    labels = {_word(row[name]) for name in ("label", "kto_tag", "desirable") if not blank(row.get(name))}
+    if not record.answers or labels <= _TRUE:
+        return record
+    undesired = labels <= {"false", "0", "0.0", "-1", "undesirable"}
+    return replace(record, answers=[], lacks="labelled undesirable" if undesired else "label neither true nor false")
+
+
+def _is_tie(row: Mapping[str, Any]) -> bool:
+    if any(_word(row.get(name)) in _TRUE for name in ("is_tie", "tie")):
+        return True
+    if any(re.match(r"(tie|draw|both|neither)\b", _word(row.get(name))) for name in ("winner", "preference", "label")):
+        return True
+    return any(not blank(row.get(one)) and row[one] == row.get(other) for one, other in _SCORES)
+
+
+def _with_system(row: Mapping[str, Any], prompt: list[Message]) -> list[Message]:
+    system = next((row[name] for name in ("system", "system_prompt") if not blank(row.get(name))), None)
+    if system is None:
+        return prompt
+    first = Message(role="system", content=text_of(system, "system"))
+    if prompt[0]["role"] != "system":
+        return [first, *prompt]
+    if plain([first]) != plain(prompt[:1]):
+        raise Unusable("two system prompts")
+    return prompt
+
+
+def _with_input(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row under its usual names; an instruction with what it is about, as Alpaca and Dolly keep them."""
+    named = _usual_names(row)
+    asked = named.get("prompt")
+    if isinstance(asked, str) and row.get("prompt") is None:
+        about = [row[name] for name in ("input", "context") if not blank(row.get(name)) and row[name] is not asked]
+        named["prompt"] = "\n\n".join([asked, *(text_of(text, "input") for text in about)])
+    return named
+
+
+def _usual_names(row: Mapping[str, Any]) -> dict[str, Any]:
+    named = dict(row)
+    for name, others in _OTHER_NAMES.items():
+        other = next((o for o in others if row.get(o) is not None), None)
+        if other is not None and row.get(name) is None:
+            named[name] = row[other]
+    return named
 
 
 def _prompt(row: Mapping[str, Any]) -> Record:
-    prompt = _messages(row["prompt"])
-    return Record(prompt, [_answer(row["completion"], prompt)] if "completion" in row else [], [])
-
-
-def _chat(row: Mapping[str, Any]) -> Record:
-    prompt, answer = _split_answer(_messages(row["messages"]))
+    prompt = messages_of(row["prompt"], "prompt")
+    if row.get("completion") is None:
+        return Record(prompt, [], [], _NO_ANSWER)
+    prompt, answer = dialogue(row["completion"], "completion", prompt)
     return Record(prompt, [answer], [])
 
 
-def _preference(row: Mapping[str, Any]) -> Record:
-    if "prompt" in row:
-        prompt = _messages(row["prompt"])
-        return Record(prompt, [_answer(row["chosen"], prompt), _answer(row["rejected"], prompt)], [(0, 1)])
-    chosen, rejected = (_split_answer(_messages(row[name])) for name in ("chosen", "rejected"))
-    if chosen[0] != rejected[0]:
+def _chat(row: Mapping[str, Any]) -> Record:
+    messages = messages_of(row["messages"], "messages")
+    if messages[-1]["role"] == "user":
+        return Record(messages, [], [], _NO_ANSWER)
+    prompt, answer = dialogue(messages, "messages", [])
+    return Record(prompt, [answer], [])
+
+
+def _compared(
+    row: Mapping[str, Any], *, answers: tuple[str, str], preferred: Callable[[Mapping[str, Any]], int | None]
+) -> Record:
+    """Two answers, each with its dialogue or beside the prompt."""
+    given = next((name for name in ("prompt", "conversations") if row.get(name) is not None), None)
+    asked = [] if given is None else messages_of(row[given], given)
+    (prompt, first), (other, second) = (dialogue(row[name], name, asked) for name in answers)
+    if plain(prompt) != plain(other):
         raise Unusable("no shared prompt")
-    return Record(chosen[0], [chosen[1], rejected[1]], [(0, 1)])
+    return _of_two(prompt, [first, second], preferred(row))
 
 
 def _hh(row: Mapping[str, Any]) -> Record:
-    chosen, rejected = _text(row["chosen"]), _text(row["rejected"])
-    head, mark, answer = chosen.rpartition(_ASSISTANT)
-    other_head, _, other = rejected.rpartition(_ASSISTANT)
+    chosen, rejected = text_of(row["chosen"], "chosen"), text_of(row["rejected"], "rejected")
+    head, mark, answer = chosen.rpartition(ASSISTANT)
+    other_head, _, other = rejected.rpartition(ASSISTANT)
     if head != other_head:
         raise Unusable("no shared prompt")
     if not mark:
         raise Unusable("no assistant turn")
-    if _TURN.search(answer) or _TURN.search(other):
+    if TURN.search(answer) or TURN.search(other):
         raise Unusable("last turn is not the assistant's")
-    return Record(_transcript(head), [answer, other], [(0, 1)])
+    return _of_two(transcript(head), [answer, other], 0)
 
 
-def _safe_rlhf(row: Mapping[str, Any]) -> Record:
-    label = row["better_response_id"] if "better_response_id" in row else row["safer_response_id"]
-    return _of_two(row["prompt"], [_text(row["response_0"]), _text(row["response_1"])], label)
+def _better(row: Mapping[str, Any]) -> int | None:
+    return _choice(row["better_response_id"] if "better_response_id" in row else row["safer_response_id"])
 
 
-def _safe_rlhf_cost(row: Mapping[str, Any]) -> Record:
+def _less_safe(row: Mapping[str, Any]) -> int | None:
     """The less safe answer is the preferred one: a reward model trained on it scores harm, higher being worse."""
-    safer = row["safer_response_id"]
-    less_safe = 1 - safer if safer in (0, 1) else None
-    return _of_two(row["prompt"], [_text(row["response_0"]), _text(row["response_1"])], less_safe)
+    safer = _choice(row["safer_response_id"])
+    return None if safer is None else 1 - safer
+
+
+def _stronger(row: Mapping[str, Any]) -> int | None:
+    strength = row["preference_strength"]
+    return None if blank(strength) or _number(strength) == 0 else int(_number(strength) > 0)
+
+
+def _winner(row: Mapping[str, Any]) -> int | None:
+    winner = re.fullmatch(r"(?:\w+[_ ])?([ab])", _word(row["winner"]))
+    return None if winner is None else "ab".index(winner[1])
 
 
 def _tldr_pairs(row: Mapping[str, Any]) -> Record:
     if "summaries" not in row:
-        return _preference(row)
+        return PARSERS["preference"](row)
     info = row["info"]
     if not isinstance(info, dict):
         raise TypeError(f"info: expected an object, got {type(info).__name__}")
     parts = [("SUBREDDIT: r/", "subreddit"), ("TITLE: ", "title"), ("POST: ", "post")]
-    lines = [f"{label}{_text(info[field]).strip()}" for label, field in parts if info.get(field)]
+    lines = [f"{label}{text_of(info[field], field).strip()}" for label, field in parts if info.get(field)]
     if not info.get("post"):
-        lines.append(f"ARTICLE: {_text(info['article']).strip()}")
-    prompt = "\n\n".join([*lines, "TL;DR:"])
-    return _of_two(prompt, [_text(summary["text"]) for summary in row["summaries"]], row["choice"])
+        lines.append(f"ARTICLE: {text_of(info['article'], 'article').strip()}")
+    answers = [text_of(summary["text"], "text") for summary in _list(row, "summaries")]
+    if len(answers) != 2:
+        raise TypeError(f"{len(answers)} summaries, not two")
+    return _of_two([Message(role="user", content="\n\n".join([*lines, "TL;DR:"]))], answers, _choice(row["choice"]))
 
 
 def _nectar(row: Mapping[str, Any]) -> Record:
-    ranked = sorted(row["answers"], key=lambda answer: answer["rank"])
-    ranks = [answer["rank"] for answer in ranked]
-    pairs = [(i, j) for i in range(len(ranks)) for j in range(i + 1, len(ranks)) if ranks[i] < ranks[j]]
-    return Record(_messages(row["prompt"]), [_text(answer["answer"]) for answer in ranked], pairs)
+    ranked = sorted(((_number(answer["rank"]), answer) for answer in _list(row, "answers")), key=lambda pair: pair[0])
+    pairs = [(i, j) for i in range(len(ranked)) for j in range(i + 1, len(ranked)) if ranked[i][0] < ranked[j][0]]
+    answers = [text_of(answer["answer"], "answer") for _, answer in ranked]
+    return Record(messages_of(row["prompt"], "prompt"), answers, pairs)
 
 
 def _ranked(row: Mapping[str, Any]) -> Record:
-    answers = [_text(response) for response in _list(row, "responses")]
-    if "pairs" in row:
+    answers = [text_of(response, "responses") for response in _list(row, "responses")]
+    if row.get("pairs") is not None:
         pairs = [_pair(pair, len(answers)) for pair in _list(row, "pairs")]
     else:
         scores = [_number(score) for score in _list(row, "scores")]
         if len(scores) != len(answers):
             raise TypeError(f"{len(scores)} scores of {len(answers)} responses")
         pairs = [(i, j) for i in range(len(answers)) for j in range(len(answers)) if scores[i] > scores[j]]
-    return Record(_messages(row["prompt"]), answers, pairs)
+    return Record(messages_of(row["prompt"], "prompt"), answers, pairs)
 
 
 def _pair(value: Any, answers: int) -> tuple[int, int]:
@@ -167,64 +247,24 @@ def _pair(value: Any, answers: int) -> tuple[int, int]:
     return int(preferred), int(other)
 
 
-def _of_two(prompt: Any, answers: list[str], preferred: Any) -> Record:
-    if preferred not in (0, 1):
-        raise Unusable("no preference stated")
-    return Record(_messages(prompt), [answers[preferred], answers[1 - preferred]], [(0, 1)])
-
-
-def _messages(value: Any) -> list[Message]:
-    """A list of messages as it is; a transcript split into turns; any other text as one user turn."""
-    if isinstance(value, str):
-        return _transcript(value.rstrip().removesuffix("Assistant:")) if _opens_dialogue(value) else [_user(value)]
-    if not isinstance(value, list) or not value:
-        raise TypeError(f"expected text or a list of messages, got {type(value).__name__}")
-    return [Message(role=_text(turn["role"]), content=_text(turn["content"])) for turn in value]
-
-
-def _transcript(text: str) -> list[Message]:
-    before, *turns = _TURN.split(text)
-    if before.strip() or not turns:
-        raise Unusable("no human turn at the start")
-    return [
-        Message(role="user" if speaker == "Human" else "assistant", content=content.strip())
-        for speaker, content in zip(turns[::2], turns[1::2], strict=True)
-    ]
-
-
-def _split_answer(messages: list[Message]) -> tuple[list[Message], str]:
-    *prompt, last = messages
-    if last["role"] != "assistant":
-        raise Unusable("last turn is not the assistant's")
-    if not prompt:
-        raise Unusable("no prompt before the answer")
-    return prompt, last["content"]
-
-
-def _answer(value: Any, prompt: list[Message]) -> str:
-    if isinstance(value, str):
-        return value
-    messages = _messages(value)
-    head, answer = ([], messages[0]["content"]) if len(messages) == 1 else _split_answer(messages)
-    if head and head != prompt:
-        raise Unusable("no shared prompt")
-    return answer
-
-
-def _user(text: str) -> Message:
-    return Message(role="user", content=text)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected text, got {type(value).__name__}")
-    return value
+def _of_two(prompt: list[Message], answers: list[str], preferred: int | None) -> Record:
+    if preferred is None:
+        return Record(prompt, [], [], NO_PREFERENCE)
+    return Record(prompt, [answers[preferred], answers[1 - preferred]], [(0, 1)])
 
 
 def _number(value: Any) -> float:
-    if not isinstance(value, int | float):
-        raise TypeError(f"a score is {value!r}, not a number")
-    return float(value)
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ValueError
+        return float(value)
+    except (ValueError, OverflowError):
+        raise TypeError(f"a score is {value!r:.40}, not a number") from None
+
+
+def _choice(value: Any) -> int | None:
+    """0 or 1, as a number or as the text of a CSV file; None for anything else: no preference."""
+    return {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}.get(_word(value))
 
 
 def _list(row: Mapping[str, Any], field: str) -> list[Any]:
@@ -233,23 +273,45 @@ def _list(row: Mapping[str, Any], field: str) -> list[Any]:
     return list(row[field])
 
 
-def _opens_dialogue(text: str) -> bool:
-    return text.lstrip("\n").startswith("Human:") and text.startswith("\n\n")
+def _word(value: Any) -> str:
+    return str(value).strip().lower()
 
 
 def _is_transcript(row: Mapping[str, Any]) -> bool:
-    return isinstance(row["chosen"], str) and _opens_dialogue(row["chosen"])
+    chosen = row["chosen"]
+    if not isinstance(chosen, str) or row.get("prompt") is None:
+        return isinstance(chosen, str)
+    return bool(re.match(r"\s*Human:", chosen)) and ASSISTANT in chosen.replace("\r\n", "\n")
 
 
-_ASSISTANT = "\n\nAssistant:"
-_TURN = re.compile(r"\n\n(Human|Assistant):")
+NO_PREFERENCE = "no preference stated"
+_NO_ANSWER = "no answer to learn from"
+_TRUE = {"true", "1", "1.0", "desirable"}
+_SCORES = [
+    (form.format("chosen", noun), form.format("rejected", noun))
+    for noun in ("score", "rating", "reward")
+    for form in ("{0}_{1}", "{1}_{0}", "{0}-{1}")
+]
+
+_OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "prompt": ("question", "instruction", "query", "problem", "context"),
+    "completion": ("response", "output", "solution", "answer"),
+    "messages": ("conversations", "conversation"),
+    "response_a": ("conversation_a",),
+    "response_b": ("conversation_b",),
+    "response_1": ("response1",),
+    "response_2": ("response2",),
+    "preference_strength": ("overall_preference",),
+}
 
 _COLUMNS: dict[str, set[str]] = {
     "safe_rlhf": {"prompt", "response_0", "response_1"},
     "tldr_pairs": {"info", "summaries", "choice"},
     "nectar": {"prompt", "answers"},
     "ranked": {"prompt", "responses"},
-    "preference": {"prompt", "chosen", "rejected"},
+    "helpsteer": {"prompt", "response_1", "response_2", "preference_strength"},
+    "arena": {"response_a", "response_b", "winner"},
+    "preference": {"chosen", "rejected"},
     "messages": {"messages"},
     "prompt": {"prompt"},
 }
@@ -258,11 +320,13 @@ _COLUMNS: dict[str, set[str]] = {
 PARSERS: dict[str, Callable[[Mapping[str, Any]], Record]] = {
     "prompt": _prompt,
     "messages": _chat,
-    "preference": _preference,
+    "preference": partial(_compared, answers=("chosen", "rejected"), preferred=lambda row: 0),
     "hh": _hh,
-    "safe_rlhf": _safe_rlhf,
-    "safe_rlhf_cost": _safe_rlhf_cost,
+    "safe_rlhf": partial(_compared, answers=("response_0", "response_1"), preferred=_better),
+    "safe_rlhf_cost": partial(_compared, answers=("response_0", "response_1"), preferred=_less_safe),
     "tldr_pairs": _tldr_pairs,
     "nectar": _nectar,
     "ranked": _ranked,
+    "arena": partial(_compared, answers=("response_a", "response_b"), preferred=_winner),
+    "helpsteer": partial(_compared, answers=("response_1", "response_2"), preferred=_stronger),
 }

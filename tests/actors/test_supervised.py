@@ -50,7 +50,7 @@ def sections(tmp_path: Path) -> dict[str, Any]:
     return {
         "run": {"name": "stage", "folder": str(tmp_path / "runs")},
         "model": {"base": str(tmp_path / "base")},
-        "data": {"source": str(tmp_path / "pairs.jsonl"), "heldout": 2},
+        "data": {"source": str(tmp_path / "pairs.jsonl"), "heldout": 2, "split_by": "row"},
         "trainer": {"ranks": 2, "cpus_per_rank": 1, "threads": 1},
         "tracking": {"wandb": "disabled"},
     }

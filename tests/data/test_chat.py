@@ -18,7 +18,7 @@ from r3hf_ray.data.chat import (
     save_format,
     trained_format,
 )
-from r3hf_ray.data.records import Message, Unusable
+from r3hf_ray.data.messages import Message, Unusable
 from r3hf_ray.errors import DataError
 from r3hf_ray.instruments.toy.language import make_tokenizer
 

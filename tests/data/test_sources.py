@@ -1,9 +1,13 @@
 """Rows keep their numbers, and what cannot be read is refused with its place."""
 
+import csv
 import gzip
 import json
+import random
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
@@ -26,7 +30,8 @@ def test_every_local_kind_gives_the_same_rows(tmp_path: Path) -> None:
     Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
     Dataset.from_list(ROWS).to_csv(tmp_path / "a.csv")
     for name in ("a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.csv"):
-        assert rows(tmp_path / name) == [(1, ROWS[0]), (2, ROWS[1])], name
+        first = 2 if name == "a.csv" else 1  # the header is a line
+        assert rows(tmp_path / name) == [(first, ROWS[0]), (first + 1, ROWS[1])], name
 
 
 def test_blank_lines_keep_the_line_numbers(tmp_path: Path) -> None:
@@ -42,6 +47,13 @@ def test_blank_lines_keep_the_line_numbers(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "a"}\n[1]\n', "a.jsonl:2: is no JSON object"),
         ("a.json", '[{"prompt": "a"},\n 3', "a.json:2: not JSON"),
         ("a.json", '{"prompt": "a"}', "a.json: holds no JSON array"),
+        ("a.json", '{"prompt": "a"}\n{"prompt": "b"}', "a.json:2: not JSON: Extra data at column 1; one object a line"),
+        ("a.json", "[" * 100_000, "a.json: cannot be read as JSON: maximum recursion depth"),
+        ("a.jsonl", '{"prompt": ' + "1" * 5_000 + "}", "a.jsonl:1: cannot be read as JSON: Exceeds the limit"),
+        ("a.csv", 'prompt\n"a\n', "a.csv:2: not CSV: unexpected end of data"),
+        ("a.csv", 'prompt,chosen\n"a\nb",c\n"d" e,f\n', "a.csv:4: not CSV"),
+        ("a.csv", "prompt,chosen\na\n", "a.csv:2: has 1 cells and the header 2"),
+        ("a.csv", "prompt,prompt\na,b\n", "a.csv:1: two columns have the same name"),
         ("a.jsonl.gz", "not gzip", "a.jsonl.gz:1: cannot be read"),
         ("a.parquet", "not parquet", "a.parquet: cannot be read"),
     ],
@@ -59,6 +71,76 @@ def test_a_truncated_gzip_names_the_line(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 3)[:-8])
     with pytest.raises(DataError, match=r"a\.jsonl\.gz:\d+: cannot be read"):
         rows(path)
+
+
+def test_a_damaged_gzip_names_the_line(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    content = bytearray(gzip.compress("".join(f'{{"prompt": "{draw.random()}"}}\n' for _ in range(999)).encode()))
+    content[2000:2060] = bytes(60)
+    for name, place in (("a.jsonl.gz", r"a\.jsonl\.gz:\d+"), ("a.json.gz", r"a\.json\.gz")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"{place}: cannot be read"):
+            rows(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '{"prompt": "a"}\n'),
+        ("a.jsonl", '{"prompt": "a"}\r\n\r\n'),
+        ("a.jsonl", '{"prompt": "a"}\r'),
+        ("a.json", '[{"prompt": "a"}]'),
+        ("a.csv", "prompt\na\n"),
+        ("a.csv", "prompt\r\na\r\n"),
+    ],
+)
+def test_a_byte_order_mark_and_line_ends_do_not_matter(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert [row for _, row in rows(tmp_path / name)] == [{"prompt": "a"}]
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + text.encode()))
+    if name != "a.csv":
+        assert [row for _, row in rows(tmp_path / f"{name}.gz")] == [{"prompt": "a"}]
+
+
+def test_text_of_another_encoding_names_its_line(tmp_path: Path) -> None:
+    places = {"a.jsonl": "a.jsonl:3", "a.json": "a.json:3", "a.csv": "a.csv:3"}
+    texts = {
+        "a.jsonl": '{"p": "a"}\n{"p": "b"}\n{"p": "é"}\n',
+        "a.json": '[{"p": "a"},\n3,\n"é"]',
+        "a.csv": "p\na\né\n",
+    }
+    for name, text in texts.items():
+        for encoding, place in (("latin-1", places[name]), ("utf-16", f"{name}")):
+            (tmp_path / name).write_bytes(text.encode(encoding))
+            with pytest.raises(DataError, match=rf"{place}.*: is not UTF-8 text; save the file as UTF-8"):
+                rows(tmp_path / name)
+
+
+def test_a_cell_of_a_csv_file_is_text(tmp_path: Path) -> None:
+    cells = ["None", "NA", "N/A", "null", "nan", "2", "007", "1e5", "True", "", " x ", "2020-01-01", "a\nb", 'say "x"']
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["n", "text"], *([str(n), cell] for n, cell in enumerate(cells))])
+    assert [row["text"] for _, row in rows(tmp_path / "a.csv")] == cells
+    (tmp_path / "hub").mkdir()  # a dataset of the hub that holds CSV files is read by `datasets`, as this folder is
+    (tmp_path / "a.csv").rename(tmp_path / "hub" / "a.csv")
+    assert [row["text"] for _, row in rows(tmp_path / "hub")] == cells
+
+
+def test_nested_rows_of_a_parquet_file_keep_their_nulls(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "Hi", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "x"}]},
+    ]
+    nested = [{"messages": turns, "image": {"bytes": b"x", "path": None}}, {"messages": None, "image": None}]
+    pq.write_table(pa.Table.from_pylist(nested), tmp_path / "a.parquet")
+    assert rows(tmp_path / "a.parquet") == [(1, nested[0]), (2, nested[1])]
+
+
+def test_parquet_text_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
+    broken = pa.array([b"fine", b"\xff\xfe"]).view(pa.string())
+    pq.write_table(pa.table({"prompt": broken}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read after row 0: .*utf-8"):
+        rows(tmp_path / "a.parquet")
 
 
 def test_a_missing_file_is_no_hub_name(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Annotated, Any
 
 import numpy as np
@@ -24,8 +26,8 @@ from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, field_va
 from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.data.chat import answer_ids, prompt_ids, render_prompt
-from r3hf_ray.data.loading import Report
-from r3hf_ray.data.records import Message, Unusable
+from r3hf_ray.data.loading import Report, read_rows
+from r3hf_ray.data.messages import Message, Unusable
 from r3hf_ray.data.sources import open_source
 from r3hf_ray.errors import DataError, ModelError
 from r3hf_ray.instruments.audit.answers import Answer, Judge
@@ -77,24 +79,10 @@ def load_marked(source: str, judge: Judge, *, limit: int | None) -> tuple[list[M
     """
     opened = open_source(DataSection(source=source))
     report = Report(opened.name, opened.unit)
-    found: list[MarkedAnswer] = []
-    for number, row in opened.rows:
-        if limit is not None and len(found) == limit:
-            break
-        report.read += 1
-        try:
-            found.append(_marked(number, row, judge))
-        except Unusable as reason:
-            report.left_out.setdefault(str(reason), []).append(number)
-        except DataError as error:
-            place = f"{source}:{number}" if opened.unit == "line" else f"{source}: row {number}"
-            raise DataError(
-                f"{place}: is no marked answer ({error}); it needs question, passages, prediction 1 and feedback, or "
-                "prompt, response and spans"
-            ) from None
+    found = list(islice(read_rows(opened, partial(_marked, judge=judge), report), limit))
     report.used = len(found)
     if not found:
-        raise DataError(f"{report}; no answer fits the reward model's window of {judge.window} tokens")
+        raise report.nothing_left()
     return found, str(report)
 
 
@@ -211,10 +199,10 @@ def _marked(number: int, row: Mapping[str, Any], judge: Judge) -> MarkedAnswer:
         question, prompt, text, marks, corrected = _qa_feedback(row) if "feedback" in row else _own(row)
     except ValidationError as invalid:
         error = invalid.errors(include_url=False)[0]
-        raise DataError(f"{'.'.join(map(str, error['loc']))}: {error['msg']}") from None
+        raise _no_marked_answer(f"{'.'.join(map(str, error['loc']))}: {error['msg']}") from None
     outside = next((mark for mark in marks if not mark.start <= mark.end <= len(text)), None)
     if outside is not None:
-        raise DataError(f"start {outside.start}, end {outside.end}: not within its {len(text)} characters")
+        raise _no_marked_answer(f"start {outside.start}, end {outside.end}: not within its {len(text)} characters")
     spans = [Span(mark.start, mark.end, mark.kind) for mark in marks]
     return MarkedAnswer(
         row=number,
@@ -222,6 +210,13 @@ def _marked(number: int, row: Mapping[str, Any], judge: Judge) -> MarkedAnswer:
         original=tokenise(prompt, text, judge),
         spans=tuple(sorted(spans, key=lambda span: span.start)),
         corrected=tokenise(prompt, corrected, judge) if corrected.strip() not in ("", text.strip()) else None,
+    )
+
+
+def _no_marked_answer(why: str) -> DataError:
+    return DataError(
+        f"is no marked answer ({why}); it needs question, passages, prediction 1 and feedback, or prompt, response and "
+        "spans"
     )
 
 

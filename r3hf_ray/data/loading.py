@@ -74,7 +74,10 @@ class Report:
         """The sentence that ends a command; it leads with what took most rows."""
         if not self.read:
             return DataError(f"{self.source}: holds no rows")
-        taken = [(skipped, f"{skipped:,} skipped (data.skip)"), (heldout, f"{heldout:,} held out (data.heldout)")]
+        taken = [
+            (skipped, f"{skipped:,} skipped (lower data.skip)"),
+            (heldout, f"{heldout:,} held out (lower data.heldout)"),
+        ]
         taken = sorted([*self._reasons(), *(t for t in taken if t[0])], key=lambda t: -t[0])
         return DataError(
             f"{self.source}: none of its {self.read:,} rows is left: {', '.join(text for _, text in taken)}"

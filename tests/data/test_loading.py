@@ -89,16 +89,19 @@ def test_nothing_left_is_an_error(tmp_path: Path, tokenizer: PreTrainedTokenizer
 
     unusable = [pair(n, "") for n in range(3)]
     usable = [pair(n) for n in range(5)]
-    assert refused(usable, heldout=8) == "none of its 5 rows is left: 5 held out (data.heldout)"
+    assert refused(usable, heldout=8) == "none of its 5 rows is left: 5 held out (lower data.heldout)"
     assert refused(usable, skip=4, heldout=1) == (
-        "none of its 5 rows is left: 4 skipped (data.skip), 1 held out (data.heldout)"
+        "none of its 5 rows is left: 4 skipped (lower data.skip), 1 held out (lower data.heldout)"
     )
     empty = "3 empty answer (lines 1, 2, 3)"
     assert refused(unusable) == f"none of its 3 rows is left: {empty}"
-    assert refused([*unusable, pair(1)], heldout=1) == f"none of its 4 rows is left: {empty}, 1 held out (data.heldout)"
+    assert (
+        refused([*unusable, pair(1)], heldout=1)
+        == f"none of its 4 rows is left: {empty}, 1 held out (lower data.heldout)"
+    )
     assert refused([*unusable, *usable[:2], *[pair(1, "Yes")] * 4], heldout=4, skip=1) == (
-        f"none of its 9 rows is left: 4 held out (data.heldout), {empty}, "
-        '1 with a prompt that is held out (data.split_by = "row" keeps them) (line 5), 1 skipped (data.skip)'
+        f"none of its 9 rows is left: 4 held out (lower data.heldout), {empty}, "
+        '1 with a prompt that is held out (data.split_by = "row" keeps them) (line 5), 1 skipped (lower data.skip)'
     )
     assert refused([], heldout=1, format="preference") == "holds no rows"
 

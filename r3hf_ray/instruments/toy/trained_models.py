@@ -91,6 +91,7 @@ class ToyModels:
         return [
             *("--model.policy", str(self.policy), "--model.reward_model", str(self.reward_model)),
             *("--data.source", str(self.world / "prompts.jsonl"), "--data.heldout", str(self.toy.heldout_prompts)),
+            *("--data.split_by", "row"),  # 24 prompts, which repeat by design
             *("--rollout.max_response_tokens", str(self.toy.max_response_tokens)),
             *("--reward.gold", f"{language}:gold_reward{suffix}"),
             *("--reward.gold_credit", f"{language}:token_credit{suffix}"),
@@ -110,7 +111,14 @@ class ToyModels:
         toy, tokens = self.toy, str(self.toy.max_response_tokens + PROMPT_TOKENS)
         own = stage("sft", toy.seed, self.world / "base", self.world / "sft.jsonl")
         sft = load(SFTConfig, toy.sft_job, [*own, "--sft.max_tokens", tokens])
-        size = ["--data.heldout", str(toy.heldout_pairs), "--reward_training.max_tokens", tokens]
+        size = [
+            "--data.heldout",
+            str(toy.heldout_pairs),
+            "--data.split_by",
+            "row",
+            "--reward_training.max_tokens",
+            tokens,
+        ]
         rewards = []
         for model in (FurtherRewardModel(name="reward", seed=toy.seed), *toy.reward_models):
             own = stage(model.name, model.seed, self.policy, self.ranked)

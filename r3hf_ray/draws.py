@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from r3hf_ray.config import PPOConfig
+from r3hf_ray.sections.actors import RolloutSection
 from r3hf_ray.types import Request
 
 T = TypeVar("T")
@@ -31,14 +32,12 @@ def _permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
-def step_requests(
-    prompts: Sequence[np.ndarray], *, seed: int, step: int, prompts_per_step: int, samples_per_prompt: int
-) -> list[Request]:
+def step_requests(prompts: Sequence[np.ndarray], rollout: RolloutSection, *, seed: int, step: int) -> list[Request]:
     """The samples that PPO step `step` (from 0) trains on, in order of (prompt_id, sample)."""
     requests = []
-    for prompt_id in range(step * prompts_per_step, (step + 1) * prompts_per_step):
+    for prompt_id in range(step * rollout.prompts_per_step, (step + 1) * rollout.prompts_per_step):
         row = stream_row(seed, prompt_id, len(prompts))
-        for sample in range(samples_per_prompt):
+        for sample in range(rollout.samples_per_prompt):
             draw = seed_of(seed, "sample", prompt_id, sample)
             requests.append(Request(row=row, token_ids=prompts[row], prompt_id=prompt_id, sample=sample, seed=draw))
     return requests

@@ -17,6 +17,7 @@ from r3hf_ray.draws import (
     step_requests,
     stream_row,
 )
+from r3hf_ray.sections.actors import RolloutSection
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=80)
 SMALL = st.integers(1, 6)
@@ -63,11 +64,8 @@ def test_epochs_and_seeds_have_their_own_order() -> None:
 
 def test_steps_continue_the_stream_over_epochs() -> None:
     prompts = [np.arange(row + 1, dtype=np.int32) for row in range(5)]
-    asked = [
-        request
-        for step in range(3)
-        for request in step_requests(prompts, seed=3, step=step, prompts_per_step=4, samples_per_prompt=2)
-    ]
+    rollout = RolloutSection(prompts_per_step=4, samples_per_prompt=2)
+    asked = [request for step in range(3) for request in step_requests(prompts, rollout, seed=3, step=step)]
     assert [(r.prompt_id, r.sample) for r in asked] == [(p, s) for p in range(12) for s in range(2)]
     assert [r.row for r in asked[::2]] == [stream_row(3, prompt_id, 5) for prompt_id in range(12)]
     assert all(len(request.token_ids) == request.row + 1 for request in asked)

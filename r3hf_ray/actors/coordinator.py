@@ -196,13 +196,7 @@ class Coordinator:
             self._calibrated.set()
         rollout = self._config.rollout
         for step in range(first_step, self._config.ppo.steps):
-            requests = step_requests(
-                self._prompts,
-                seed=self._config.run.seed,
-                step=step,
-                prompts_per_step=rollout.prompts_per_step,
-                samples_per_prompt=rollout.samples_per_prompt,
-            )
+            requests = step_requests(self._prompts, rollout, seed=self._config.run.seed, step=step)
             for number, chunk in enumerate(split_evenly(requests, rollout.chunks_per_step)):
                 await self._slots.acquire()
                 self._spawn(self._fill(step, step * rollout.chunks_per_step + number, chunk))

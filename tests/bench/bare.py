@@ -30,7 +30,7 @@ from r3hf_ray.actor_settings import engine_facts, scoring_settings
 from r3hf_ray.actors.environment import ACTORS
 from r3hf_ray.actors.rollout import EngineFacts, RolloutActor, engine_environment
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.draws import minibatch_of, step_requests
+from r3hf_ray.draws import step_requests
 from r3hf_ray.errors import RunFailed
 from r3hf_ray.preflight import check
 from r3hf_ray.scoring.scorer import ScoringSettings
@@ -79,14 +79,8 @@ class BareLoops:
 
     def step(self, *, threads: int) -> BareStep:
         """Every loop once, each on so many threads."""
-        rollout, number = self._config.rollout, next(self._step)
-        requests = step_requests(
-            self._prompts,
-            seed=self._config.run.seed,
-            step=number,
-            prompts_per_step=rollout.prompts_per_step,
-            samples_per_prompt=rollout.samples_per_prompt,
-        )
+        number = next(self._step)
+        requests = step_requests(self._prompts, self._config.rollout, seed=self._config.run.seed, step=number)
         load, _ = self._sampler.call(threads, "load weights", number)
         generate, trajectories = self._sampler.call(threads, "generate", requests)
         score, scored = self._scorer.call(threads, "score", trajectories)
@@ -186,14 +180,13 @@ def _scorer(settings: ScoringSettings) -> Calls:
 
 
 def _learner(config: PPOConfig) -> Calls:
+    from r3hf_ray.instruments.compare.single_process import share_of
     from r3hf_ray.training.ppo import PPOLearner, RewardScale
 
     learner = PPOLearner(config, scale=RewardScale(), device="cpu", mesh=None)
-    ppo = config.ppo
 
     def learn(scored: list[ScoredTrajectory], step: int) -> dict[str, float]:
-        lengths = [len(item.trajectory.token_ids) for item in scored]
-        plan = minibatch_of(lengths, minibatches=ppo.minibatches, seed=config.run.seed, step=step, epoch=0)
-        return learner.update(scored, minibatch_of=[plan])
+        share = share_of(scored, [item.trajectory.info for item in scored], config, step)
+        return learner.update(share.refs, minibatch_of=share.minibatch_of)
 
     return {"learn": learn}

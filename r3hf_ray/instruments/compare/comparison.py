@@ -3,19 +3,18 @@
 Nothing is done twice: a finished run is only read, an interrupted one goes on from its last checkpoint.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayError
 from rich.console import Console
 
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.driver import run_ppo, with_absolute_models
-from r3hf_ray.errors import ConfigError, RunFailed, sentence_of
-from r3hf_ray.instruments.compare.arm_runs import MeasuredRun, PlannedRun, is_finished, read_run
+from r3hf_ray.errors import ConfigError
+from r3hf_ray.instruments.compare.arm_runs import MeasuredRun, PlannedRun, is_finished, outcome_of, read_run
 from r3hf_ray.instruments.compare.baselines import lacking
 from r3hf_ray.instruments.compare.comparison_page import write_comparison
 from r3hf_ray.instruments.compare.expectations import arm_results, judge_expectations
@@ -103,21 +102,13 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
 def read_runs(config: CompareConfig, plan: Sequence[PlannedRun]) -> list[MeasuredRun]:
     """The runs as their folders show them; a run that could not even begin has its reason from an earlier call."""
     last = {(event["arm"], event["seed"]): event for event in read_jsonl(root_of(config) / EVENTS)}
-    settings = config.compare
-    records = []
-    for run in plan:
-        record = read_run(
-            run,
-            threshold=settings.threshold,
-            window=settings.window,
-            equal_kl=settings.equal_kl,
-            judge=settings.judge,
-        )
-        event = last.get((run.arm, run.seed), {})
-        if record.status in ("not run", "unfinished") and event.get("event") == "failed":
-            record = replace(record, status="failed", reason=str(event["reason"]))
-        records.append(record)
-    return records
+    runs = []
+    for planned in plan:
+        run, event = read_run(planned, config.compare), last.get((planned.arm, planned.seed), {})
+        if run.status in ("not run", "unfinished") and event.get("event") == "failed":
+            run = replace(run, status="failed", reason=str(event["reason"]))
+        runs.append(run)
+    return runs
 
 
 def report(config: CompareConfig, plan: Sequence[PlannedRun], console: Console) -> Path:
@@ -139,8 +130,7 @@ def _run_missing(
     failed: list[PlannedRun] = []
     if not waiting:
         return failed
-    root = root_of(config)
-    with JsonlLog(root / EVENTS) as events:
+    with JsonlLog(root_of(config) / EVENTS) as events:
         for run, outcome in _outcomes(config, waiting, console):
             events.write({"arm": run.arm, "seed": run.seed, **outcome})
             if outcome["event"] == "failed":
@@ -162,23 +152,10 @@ def _outcomes(
                 models.prepare(console)
             for number, run in enumerate([] if processes else waiting, start=1):
                 console.rule(f"[bold]{run.folder.name}[/bold]  run {number} of {len(waiting)}", align="left")
-                yield run, _run_one(run, console)
+                yield run, outcome_of(partial(run_ppo, run.config, resume=run.folder.exists(), console=console))
     for number, (run, outcome) in enumerate(screened(waiting, processes=processes) if processes else (), start=1):
         console.print(f"{run.folder.name}: {outcome['seconds']} s, {number} of {len(waiting)}", markup=False)
         yield run, outcome
-
-
-def _run_one(run: PlannedRun, console: Console) -> dict[str, Any]:
-    start = time.monotonic()
-    try:
-        run_ppo(run.config, resume=run.folder.exists(), console=console)
-    except (RunFailed, ConfigError) as error:
-        outcome = {"event": "failed", "reason": str(error)}
-    except RayError as error:
-        outcome = {"event": "failed", "reason": sentence_of(error)}
-    else:
-        outcome = {"event": "finished"}
-    return outcome | {"seconds": round(time.monotonic() - start, 1)}
 
 
 def _check_arm(config: CompareConfig, arm: str, ppo: PPOConfig, schedules: tuple[Schedule, ...]) -> None:

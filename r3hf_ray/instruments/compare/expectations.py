@@ -7,9 +7,7 @@ from typing import Literal
 
 from r3hf_ray.instruments.compare.arm_runs import MeasuredRun
 from r3hf_ray.instruments.compare.settings import CompareConfig, CompareSection, Expectation
-from r3hf_ray.instruments.compare.statistics import Ratio, Reach, mean_and_spread, mean_ratio, paired_ratios
-
-Verdict = Literal["met", "missed", "not run"]
+from r3hf_ray.instruments.compare.statistics import Ratio, Reach, mean, mean_ratio, paired_ratios, spread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +36,14 @@ class ArmResult:
     @property
     def final_gold(self) -> tuple[float, float]:
         """Mean and spread over seeds of the held-out gold at the end."""
-        return mean_and_spread([run.final_gold for run in self.finished])
+        golds = [run.final_gold for run in self.finished]
+        return mean(golds), spread(golds)
 
     @property
     def samples(self) -> float:
         """Mean samples to the threshold; NaN if a seed never got there or none has finished."""
-        reached = [math.nan if reach.at is None else float(reach.at) for reach in self.reached.values()]
-        return math.fsum(reached) / len(reached) if reached else math.nan
+        reached = [float(reach.at) for reach in self.reached.values() if reach.at is not None]
+        return mean(reached) if len(reached) == len(self.reached) else math.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +53,7 @@ class JudgedExpectation:
     sentence: str
     found: str
     """What was measured."""
-    verdict: Verdict
+    verdict: Literal["met", "missed", "not run"]
 
 
 def arm_results(config: CompareConfig, records: Sequence[MeasuredRun]) -> list[ArmResult]:
@@ -89,17 +88,17 @@ def _judge(bar: Expectation, arms: Mapping[str, ArmResult], settings: CompareSec
         return _gold(bar, arm, against, settings.measured)
     ratios = paired_ratios(arm.reached, against.reached)
     shared = set(arm.reached) & set(against.reached)
-    mean, bounds, told = mean_ratio(ratios), {ratio.bound for ratio in ratios}, len(ratios) == len(shared)
+    ratio, bounds, told = mean_ratio(ratios), {one.bound for one in ratios}, len(ratios) == len(shared)
     if bar.measure == "samples":
         sentence = f"{bar.arm} reaches {goal} in at most {bar.bound:.0%} of the samples of {bar.against}"
-        holds = told and mean <= bar.bound and ">" not in bounds  # `<` makes the mean an upper bound: enough
+        holds = told and ratio <= bar.bound and ">" not in bounds  # `<` makes the mean an upper bound: enough
     else:
         sentence = f"{bar.arm} needs within {bar.bound:.0%} of the samples of {bar.against} to {goal}"
-        holds = told and bounds == {""} and abs(math.log(mean)) <= math.log1p(bar.bound) + 1e-9
+        holds = told and bounds == {""} and abs(math.log(ratio)) <= math.log1p(bar.bound) + 1e-9
     if not shared:
         return JudgedExpectation(sentence=sentence, found="no seed of both has finished", verdict="not run")
     found = (
-        f"mean paired ratio {mean:.2f} ({ratio_text(ratios)})" if ratios else "no seed tells: both never, or at once"
+        f"mean paired ratio {ratio:.2f} ({ratio_text(ratios)})" if ratios else "no seed tells: both never, or at once"
     )
     return JudgedExpectation(sentence=sentence, found=found, verdict="met" if holds else "missed")
 
@@ -107,7 +106,7 @@ def _judge(bar: Expectation, arms: Mapping[str, ArmResult], settings: CompareSec
 def _gold(bar: Expectation, arm: ArmResult, against: ArmResult, measured: str) -> JudgedExpectation:
     sentence = f"final {measured} of {bar.arm} is not more than {bar.bound:g} below that of {bar.against}"
     seeds = set(arm.reached) & set(against.reached)
-    own, other = (mean_and_spread([r.final_gold for r in a.finished if r.seed in seeds])[0] for a in (arm, against))
+    own, other = (mean(r.final_gold for r in a.finished if r.seed in seeds) for a in (arm, against))
     if not (math.isfinite(own) and math.isfinite(other)):
         return JudgedExpectation(sentence=sentence, found="no seed of both has finished", verdict="not run")
     return JudgedExpectation(

@@ -1,8 +1,7 @@
-"""Many runs at once, each in a process of its own that goes from run to run (`in_process.Workbench`)."""
+"""Many runs at once, each in a process of its own that goes from run to run (`single_process.Workbench`)."""
 
 import multiprocessing
 import os
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -10,10 +9,10 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from r3hf_ray.actors.learner import BROKEN_CODE
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.errors import ConfigError, DivergenceError, RunFailed, TelescopingError
-from r3hf_ray.instruments.compare.arm_runs import PlannedRun
+from r3hf_ray.errors import ConfigError, RunFailed
+from r3hf_ray.instruments.compare.arm_runs import PlannedRun, outcome_of
+from r3hf_ray.instruments.compare.single_process import Workbench
 
 
 def screened(runs: Sequence[PlannedRun], *, processes: int) -> Iterator[tuple[PlannedRun, dict[str, Any]]]:
@@ -29,7 +28,7 @@ def screened(runs: Sequence[PlannedRun], *, processes: int) -> Iterator[tuple[Pl
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, mp_context=context)
     done = False
-    with _threads(1):
+    with _one_thread():
         try:
             waiting: dict[Future[dict[str, Any]], PlannedRun] = {pool.submit(_run, run): run for run in runs}
             for future in as_completed(waiting):
@@ -70,34 +69,21 @@ def check_in_process(config: PPOConfig) -> None:
 
 def _run(run: PlannedRun) -> dict[str, Any]:
     """In the child."""
-    start = time.monotonic()
-    try:
-        _workbench().run(run.config, run.schedules)
-    except (RunFailed, ConfigError, DivergenceError, TelescopingError) as error:
-        outcome = {"event": "failed", "reason": str(error)}
-    except BROKEN_CODE as error:
-        outcome = {"event": "failed", "reason": f"{type(error).__name__}: {error}"}
-    else:
-        outcome = {"event": "finished"}
-    return outcome | {"seconds": round(time.monotonic() - start, 1)}
+    return outcome_of(lambda: _workbench().run(run.config, run.schedules))
 
 
 @cache
-def _workbench() -> Any:
-    from r3hf_ray.instruments.compare.single_process import Workbench
-
+def _workbench() -> Workbench:
     return Workbench()
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     """What a child's OpenMP reads when it starts: processes that share cores must not take all of them."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str(number)
+    before = os.environ.copy()
+    os.environ["OMP_NUM_THREADS"] = "1"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+        del os.environ["OMP_NUM_THREADS"]
+        os.environ.update(before)

@@ -7,7 +7,6 @@ failure is retried and nothing resumes inside a run. Results of record come from
 
 import logging
 import shutil
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,10 +15,11 @@ from pathlib import Path
 import torch
 
 from r3hf_ray.actor_settings import engine_facts, scoring_settings
+from r3hf_ray.actors.dispatch import Sample
 from r3hf_ray.actors.rollout import EngineFacts, RolloutActor
-from r3hf_ray.actors.shares import calibration_of, evaluation_metrics
+from r3hf_ray.actors.shares import Share, Step, calibration_of, evaluation_metrics
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.draws import minibatch_of, step_requests, stream_requests
+from r3hf_ray.draws import step_requests, stream_requests
 from r3hf_ray.errors import RunFailed
 from r3hf_ray.instruments.compare.schedules import Schedule, at_step, check_schedules, remixed
 from r3hf_ray.preflight import Plan, check
@@ -29,11 +29,9 @@ from r3hf_ray.records.run_folder import open_run
 from r3hf_ray.scoring.scorer import Scorer
 from r3hf_ray.sections.actors import RolloutSection
 from r3hf_ray.training.ppo import PPOLearner, RewardScale
-from r3hf_ray.types import Failure, Request, ScoredTrajectory
+from r3hf_ray.types import Failure, Request, ScoredTrajectory, TrajectoryInfo
 from r3hf_ray.weights.contract import objection
 from r3hf_ray.weights.in_process import publication
-
-Row = dict[str, float]
 
 
 class Workbench:
@@ -82,7 +80,7 @@ class _Run:
         self._scorer = Scorer(scoring_settings(config, plan))
         self._learner = PPOLearner(config, scale=RewardScale(), device="cpu", mesh=None, capsules=folder / "divergence")
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[dict[str, float]]:
         """Every row of the run's metrics."""
         config = self._config
         self._publish()
@@ -95,30 +93,18 @@ class _Run:
                 rows.append(self._evaluation(step))
         return rows
 
-    def _step(self, step: int) -> Row:
-        start, rollout = time.perf_counter(), self._config.rollout
+    def _step(self, step: int) -> dict[str, float]:
+        start = time.perf_counter()
         self._learner.config = config = at_step(self._config, self._schedules, step)
         if any(schedule.field == "ppo.kl_coef" for schedule in self._schedules):
             self._learner.kl_coef = config.ppo.kl_coef
-        scored = self._scored(
-            step_requests(
-                self._plan.prompts,
-                seed=config.run.seed,
-                step=step,
-                prompts_per_step=rollout.prompts_per_step,
-                samples_per_prompt=rollout.samples_per_prompt,
-            )
-        )
+        requests = step_requests(self._plan.prompts, config.rollout, seed=config.run.seed, step=step)
+        scored = self._scored(requests)
+        share = share_of(scored, [self._scorer.judge(item) for item in scored], config, step)
         if config.reward.beta_c != self._config.reward.beta_c:
             scored = [remixed(item, config.reward.beta_c) for item in scored]
-        lengths, ppo = [len(item.trajectory.token_ids) for item in scored], config.ppo
-        plans = [
-            minibatch_of(lengths, minibatches=ppo.minibatches, seed=config.run.seed, step=step, epoch=epoch)
-            for epoch in range(ppo.epochs)
-        ]
-        metrics = self._learner.update(scored, minibatch_of=plans)
-        golds = [gold for gold in (self._scorer.judge(item).gold for item in scored) if gold is not None]
-        metrics |= {"reward/gold/mean": statistics.fmean(golds)} if golds else {}
+        known = {name: value for name, value in share.metrics.items() if not name.startswith("time/")}
+        metrics = self._learner.update(scored, minibatch_of=share.minibatch_of) | known
         return {STEP: step + 1, **metrics, "time/step": time.perf_counter() - start}
 
     def _publish(self) -> None:
@@ -136,7 +122,7 @@ class _Run:
         for name, (mean, std) in moments.items():
             self._learner.set_scale(RewardScale(mean=mean, scale=std if std > 0 else 1.0), name)
 
-    def _evaluation(self, step: int) -> Row:
+    def _evaluation(self, step: int) -> dict[str, float]:
         config, heldout = self._config, self._plan.heldout
         count = min(config.evaluation.prompts, len(heldout))
         if not count:
@@ -151,6 +137,14 @@ class _Run:
         if failures:
             raise RunFailed(f"{failures[0].stage}: {failures[0].reason}")
         return [item for item in results if isinstance(item, ScoredTrajectory)]
+
+
+def share_of(
+    scored: Sequence[ScoredTrajectory], infos: Sequence[TrajectoryInfo], config: PPOConfig, step: int
+) -> Share:
+    """The batch of step ``step`` as a single learner rank gets it; its refs are the trajectories themselves."""
+    batch = Step(expected=len(scored), samples=list(map(Sample, infos, scored)))
+    return batch.share(config, step, rank=0)
 
 
 def _clear(folder: Path) -> None:

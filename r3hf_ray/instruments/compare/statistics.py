@@ -1,11 +1,10 @@
 """Numbers of a comparison, from curves of single runs. Pure functions; a curve is two lists of equal length."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, geometric_mean, stdev
 from typing import Literal
-
-import numpy as np
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,32 +73,39 @@ class Reach:
     """There in the first window already, so that `at` says how long the window is and nothing of the speed."""
 
 
+def mean(values: Iterable[float]) -> float:
+    """Mean of what is finite; NaN of nothing."""
+    finite = [value for value in values if math.isfinite(value)]
+    return fmean(finite) if finite else math.nan
+
+
+def spread(values: Iterable[float]) -> float:
+    """Sample standard deviation of what is finite; NaN of fewer than two."""
+    finite = [value for value in values if math.isfinite(value)]
+    return stdev(finite) if len(finite) > 1 else math.nan
+
+
 def trailing_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean of each value and the ``window - 1`` before it; nothing for the first ``window - 1``.
 
     Example: ``trailing_mean([1, 2, 3, 4], 3) == [2, 3]``
     """
-    return [math.fsum(values[end - window : end]) / window for end in range(window, len(values) + 1)]
+    return [fmean(values[end - window : end]) for end in range(window, len(values) + 1)]
 
 
 def samples_to(threshold: float, samples: Sequence[int], golds: Sequence[float], *, window: int) -> int | None:
     """Samples up to the first step whose trailing mean of gold is at the threshold; None: never."""
     means = trailing_mean(golds, window)
-    return next((at for at, mean in zip(samples[window - 1 :], means, strict=True) if mean >= threshold), None)
+    return next((at for at, level in zip(samples[window - 1 :], means, strict=True) if level >= threshold), None)
 
 
 def band(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Band:
     """Mean, minimum and maximum over curves where all of them have a value."""
     known = [dict(zip(x, y, strict=True)) for x, y in curves]
-    shared = sorted(set.intersection(*(set(curve) for curve in known))) if known else []
+    shared = sorted(set.intersection(*map(set, known))) if known else []
     rows = [[curve[x] for curve in known] for x in shared]
-    return Band(
-        x=list(shared),
-        mean=[math.fsum(row) / len(row) for row in rows],
-        low=[min(row) for row in rows],
-        high=[max(row) for row in rows],
-        seeds=len(known),
-    )
+    low, high = [min(row) for row in rows], [max(row) for row in rows]
+    return Band(x=shared, mean=[fmean(row) for row in rows], low=low, high=high, seeds=len(known))
 
 
 def by_cell(x: Sequence[float], y: Sequence[float], *, width: float) -> tuple[list[float], list[float]]:
@@ -109,12 +115,10 @@ def by_cell(x: Sequence[float], y: Sequence[float], *, width: float) -> tuple[li
 
     Example: ``by_cell([0.1, 0.3, 2.5], [1, 3, 6], width=1) == ([0.5, 2.5], [2, 6])``
     """
-    cells: dict[int, list[float]] = {}
+    cells: dict[float, list[float]] = {}
     for position, value in zip(x, y, strict=True):
-        cells.setdefault(math.floor(position / width), []).append(value)
-    numbers = sorted(cells)
-    means = [math.fsum(cells[number]) / len(cells[number]) for number in numbers]
-    return [(number + 0.5) * width for number in numbers], means
+        cells.setdefault((math.floor(position / width) + 0.5) * width, []).append(value)
+    return sorted(cells), [fmean(cells[middle]) for middle in sorted(cells)]
 
 
 def mean_near(x: Sequence[float], y: Sequence[float], *, at: float, within: float) -> float:
@@ -122,15 +126,7 @@ def mean_near(x: Sequence[float], y: Sequence[float], *, at: float, within: floa
 
     Example: ``mean_near([1, 5, 6], [0, 2, 4], at=5.5, within=0.2) == 3``
     """
-    near = [value for position, value in zip(x, y, strict=True) if abs(position - at) <= within * at]
-    return math.fsum(near) / len(near) if near else math.nan
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation, NaN values left out; NaN where there are too few."""
-    finite = [value for value in values if math.isfinite(value)]
-    mean = math.fsum(finite) / len(finite) if finite else math.nan
-    return mean, float(np.std(finite, ddof=1)) if len(finite) > 1 else math.nan
+    return mean(value for position, value in zip(x, y, strict=True) if abs(position - at) <= within * at)
 
 
 def paired_difference(arm: Mapping[int, float], against: Mapping[int, float]) -> Difference | None:
@@ -139,9 +135,8 @@ def paired_difference(arm: Mapping[int, float], against: Mapping[int, float]) ->
     known = [value for value in both if math.isfinite(value)]
     if not known:
         return None
-    mean, spread = mean_and_spread(known)
     above = sum(value > 0.0 for value in known)
-    return Difference(mean=mean, sem=spread / math.sqrt(len(known)), above=above, seeds=len(known))
+    return Difference(mean=fmean(known), sem=spread(known) / math.sqrt(len(known)), above=above, seeds=len(known))
 
 
 def paired_ratios(arm: Mapping[int, Reach], against: Mapping[int, Reach]) -> list[Ratio]:
@@ -165,4 +160,4 @@ def mean_ratio(ratios: Sequence[Ratio]) -> float:
     """
     if not ratios or {ratio.bound for ratio in ratios} >= {"<", ">"}:
         return math.nan
-    return math.exp(math.fsum(math.log(ratio.value) for ratio in ratios) / len(ratios))
+    return geometric_mean(ratio.value for ratio in ratios)

@@ -8,7 +8,7 @@ from typing import Any
 from r3hf_ray.instruments.compare.arm_runs import MeasuredRun
 from r3hf_ray.instruments.compare.expectations import ArmResult, JudgedExpectation
 from r3hf_ray.instruments.compare.settings import CompareConfig
-from r3hf_ray.instruments.compare.statistics import mean_and_spread, mean_ratio, paired_difference
+from r3hf_ray.instruments.compare.statistics import mean, mean_ratio, paired_difference
 from r3hf_ray.instruments.pages.page import Row, Table
 
 NOTHING = "–"
@@ -155,11 +155,11 @@ def _arm_cells(result: ArmResult) -> list[str]:
         _ratio(result),
         _number(gold) + (f" ± {spread:.2f}" if math.isfinite(spread) else ""),
         _number(error),
-        _number(_mean(near)) + (_of(len(near), len(done)) if near else ""),
-        _number(_mean([run.mean_gold for run in done])),
-        _number(_mean([run.final_kl for run in done]), 1),
-        _number(_mean([run.final_length for run in done]), 1),
-        _number(_mean([run.final_eos for run in done])),
+        _number(mean(near)) + (_of(len(near), len(done)) if near else ""),
+        _number(mean([run.mean_gold for run in done])),
+        _number(mean([run.final_kl for run in done]), 1),
+        _number(mean([run.final_length for run in done]), 1),
+        _number(mean([run.final_eos for run in done])),
     ]
 
 
@@ -175,11 +175,11 @@ def _difference(arm: ArmResult, baseline: ArmResult, value: Callable[[MeasuredRu
 def _ratio(result: ArmResult) -> str:
     if result.baseline:
         return "baseline"
-    mean = mean_ratio(result.ratios)
-    if not math.isfinite(mean):
+    ratio = mean_ratio(result.ratios)
+    if not math.isfinite(ratio):
         return NOTHING
-    bounds = "".join({ratio.bound for ratio in result.ratios})
-    return bounds + _number(mean) + _of(len(result.ratios), result.pairs)
+    bounds = "".join({one.bound for one in result.ratios})
+    return bounds + _number(ratio) + _of(len(result.ratios), result.pairs)
 
 
 def _run_cells(result: ArmResult, run: MeasuredRun) -> list[str]:
@@ -197,10 +197,6 @@ def _run_cells(result: ArmResult, run: MeasuredRun) -> list[str]:
         _number(run.final_eos),
         run.reason,
     ]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return mean_and_spread(values)[0]
 
 
 def _number(value: float, digits: int = 2) -> str:

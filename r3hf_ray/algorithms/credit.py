@@ -3,6 +3,8 @@
 Report the area under the curve by *phrase* beside the one by token: credit often lands a token early or late.
 """
 
+import math
+
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
@@ -58,3 +60,14 @@ def bootstrap_interval(
     draws = np.random.default_rng(seed).integers(len(known), size=(resamples, len(known)))
     low, high = np.quantile(known[draws].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def binomial_interval(successes: float, trials: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a proportion; a tie may count one half, which `scipy.stats.binomtest` does not take.
+
+    Example: ``binomial_interval(60, 100)`` is about ``(0.502, 0.691)``
+    """
+    z, share = 1.959964, successes / trials
+    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
+from r3hf_ray.algorithms.credit import binomial_interval
 from r3hf_ray.config import RewardConfig
 from r3hf_ray.models.load import ensure_distinct_pad, load_tokenizer, score_head, untrained_reward_model
 from r3hf_ray.models.sharding import DTYPES
@@ -105,18 +106,6 @@ def train_on_groups(
         dtype=DTYPES[config.model.dtype],
     )
     _finish(config, model, tokenizer, heldout, steps, folder, on_metrics)
-
-
-def binomial_interval(successes: float, trials: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a proportion.
-
-    Example: ``binomial_interval(60, 100)`` is about ``(0.502, 0.691)``
-    """
-    z = 1.959964
-    share = successes / trials
-    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _start(config: RewardConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

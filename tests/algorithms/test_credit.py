@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r3hf_ray.algorithms.credit import auc, bootstrap_interval, pearson, phrase_sums
+from r3hf_ray.algorithms.credit import auc, binomial_interval, bootstrap_interval, pearson, phrase_sums
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=30))
@@ -57,3 +57,10 @@ def test_the_bootstrap_interval_repeats_with_its_seed_and_leaves_out_nan():
     assert bootstrap_interval(np.append(values, np.nan), seed=3) == bootstrap_interval(values, seed=3)
     assert all(map(math.isnan, bootstrap_interval(np.array([np.nan]), seed=0)))
     assert bootstrap_interval(np.full(5, 2.5), seed=0) == (2.5, 2.5)
+
+
+def test_wilson_interval() -> None:
+    low, high = binomial_interval(60.0, 100)
+    assert (low, high) == (pytest.approx(0.5020, abs=1e-4), pytest.approx(0.6906, abs=1e-4))
+    assert binomial_interval(10.0, 10)[1] == pytest.approx(1.0, abs=1e-12)
+    assert binomial_interval(0.0, 10)[0] == pytest.approx(0.0, abs=1e-12)

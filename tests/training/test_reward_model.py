@@ -13,7 +13,7 @@ from r3hf_ray.config import RewardConfig
 from r3hf_ray.models.load import ensure_distinct_pad, load_reward_model, score_head, untrained_reward_model
 from r3hf_ray.training import reward_model
 from r3hf_ray.training.ranking import cut_fraction, cut_length, pair_accuracy, scores_of_prefixes
-from r3hf_ray.training.reward_model import binomial_interval, train_on_groups, train_on_pairs
+from r3hf_ray.training.reward_model import train_on_groups, train_on_pairs
 from r3hf_ray.types import Pair, RankedGroup
 
 PAIRS = [Pair(prompt_ids=[1, 5 + i, 20], chosen_ids=[30, 33 + i % 4, 2], rejected_ids=[31, 2]) for i in range(12)]
@@ -233,10 +233,3 @@ def test_two_ranks_of_trl_learn_what_one_process_learns(random_heads, tmp_path, 
     sequences = [list(ids) for pair in LONG for ids in pair.as_group().sequences]
     one, two = (plain_scores(folder, sequences) for folder in folders)
     torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
-
-
-def test_wilson_interval() -> None:
-    low, high = binomial_interval(60.0, 100)
-    assert (low, high) == (pytest.approx(0.5020, abs=1e-4), pytest.approx(0.6906, abs=1e-4))
-    assert binomial_interval(10.0, 10)[1] == pytest.approx(1.0, abs=1e-12)
-    assert binomial_interval(0.0, 10)[0] == pytest.approx(0.0, abs=1e-12)

@@ -13,7 +13,7 @@ import numpy as np
 
 from r3hf_ray.algorithms.credit import pearson
 from r3hf_ray.instruments.audit.answers import Scored, largest_telescoping_error, r3hf_credit, unit
-from r3hf_ray.instruments.pages.intervals import Share, wins
+from r3hf_ray.instruments.pages.intervals import Estimate, share_above_zero
 
 PARTS = 10
 
@@ -24,7 +24,7 @@ class Place:
 
     read: float
     """Share of the answer that has been read, 0 to 1."""
-    agrees: Share
+    agrees: Estimate
     """Pairs whose chosen answer scores higher here; ties count one half."""
     drift: float
     """Mean change of the score since the prompt."""
@@ -60,9 +60,9 @@ class Length:
     """Of score and length, over answers."""
     difference_correlation: float
     """Of the two differences, over pairs: free of what the prompt does to both."""
-    longer_chosen: Share
+    longer_chosen: Estimate
     """Accuracy of "the longer answer wins", over pairs of different length."""
-    longer_preferred: Share
+    longer_preferred: Estimate
     """How often the model prefers the longer one, over the same pairs."""
 
 
@@ -76,7 +76,7 @@ class Audit:
     score_mean: float
     score_std: float
     """In the reward model's own units; the unit of everything below."""
-    accuracy: Share
+    accuracy: Estimate
     """Pairs whose chosen answer scores higher; ties count one half."""
     places: tuple[Place, ...]
     """After 0, 1, .. 10 tenths of each answer."""
@@ -111,7 +111,7 @@ def audit_numbers(pairs: Sequence[tuple[Scored, Scored]]) -> Audit:
         mean_tokens=tokens,
         score_mean=mean,
         score_std=std,
-        accuracy=wins(np.array([chosen.score - rejected.score for chosen, rejected in pairs])),
+        accuracy=share_above_zero(np.array([chosen.score - rejected.score for chosen, rejected in pairs])),
         places=tuple(_place(answers, part, std) for part in range(PARTS + 1)),
         credit_by_part=_by_part(answers, credit),
         first_share=_ratio(math.fsum(abs(c[0]) for c in credit), total * len(credit)),
@@ -140,7 +140,9 @@ def _place(answers: Sequence[Scored], part: int, std: float) -> Place:
     low, high = np.quantile(change, [0.1, 0.9])
     return Place(
         read=part / PARTS,
-        agrees=wins(leads if part else np.zeros_like(leads)),  # the prompt is shared: what differs there is rounding
+        agrees=share_above_zero(
+            leads if part else np.zeros_like(leads)
+        ),  # the prompt is shared: what differs there is rounding
         drift=float(change.mean()),
         low=float(low),
         high=float(high),
@@ -184,8 +186,8 @@ def _length(pairs: Sequence[tuple[Scored, Scored]]) -> Length:
     return Length(
         correlation=pearson(np.array([a.score for a in answers]), lengths),
         difference_correlation=pearson(better, longer),
-        longer_chosen=wins(longer[unequal]),
-        longer_preferred=wins((better * np.sign(longer))[unequal]),
+        longer_chosen=share_above_zero(longer[unequal]),
+        longer_preferred=share_above_zero((better * np.sign(longer))[unequal]),
     )
 
 

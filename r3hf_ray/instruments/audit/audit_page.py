@@ -1,18 +1,17 @@
 """What the page of `r3hf audit` says: verdict, settings to start with, curves, and pairs in colour."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.instruments.audit.answers import Scored, r3hf_credit
 from r3hf_ray.instruments.audit.audit import Audit
-from r3hf_ray.instruments.audit.cards import spread_out, text_of
+from r3hf_ray.instruments.audit.scored_text import scored_text
 from r3hf_ray.instruments.audit.verdict import HALF, Verdict
-from r3hf_ray.instruments.pages.page import Chart, Check, Page, Row, Section, Table
-from r3hf_ray.instruments.report.cards import NOTES, card, panel, scale_of
-from r3hf_ray.instruments.report.summary import Tile
+from r3hf_ray.instruments.pages.coloured_answers import ColouredAnswer, colour_row, scale_of, spread_out
+from r3hf_ray.instruments.pages.parts import Chart, Check, Page, PageSection, Series, Table, TableRow, Tile, estimates
+from r3hf_ray.methods import facts_of
 
 SHOWN_PAIRS = 8
 SHOWN_DOTS = 600
@@ -27,7 +26,9 @@ STATUS = {
 }
 
 
-def audit_page(audit: Audit, verdict: Verdict, pairs: Pairs, *, title: str, about: str) -> Page:
+def audit_page(
+    audit: Audit, verdict: Verdict, pairs: Pairs, tokenizer: PreTrainedTokenizerBase, *, title: str, about: str
+) -> Page:
     """The page of an audit."""
     status, tone = STATUS[verdict.signal]
     settings = [
@@ -51,7 +52,7 @@ def audit_page(audit: Audit, verdict: Verdict, pairs: Pairs, *, title: str, abou
         about=about,
         tiles=_tiles(audit),
         sections=[
-            Section(
+            PageSection(
                 id="start",
                 title="What to start with",
                 intro="Settings for a first run, from the numbers below. They are a start, not a proof.",
@@ -59,7 +60,7 @@ def audit_page(audit: Audit, verdict: Verdict, pairs: Pairs, *, title: str, abou
                 reason=verdict.reason,
                 checks=[*notes, caution],
             ),
-            Section(
+            PageSection(
                 id="prefixes",
                 title="Does half an answer already have a score?",
                 intro="Reward models are trained on whole answers. Redistribution reads them after every token, so "
@@ -67,25 +68,26 @@ def audit_page(audit: Audit, verdict: Verdict, pairs: Pairs, *, title: str, abou
                 "final score.",
                 charts=_prefix_charts(audit),
             ),
-            Section(
+            PageSection(
                 id="credit",
                 title="Where does the credit fall?",
                 intro="What r3hf would pay: each token gets the change it makes in the score.",
                 charts=_credit_charts(audit, pairs),
             ),
-            Section(
+            PageSection(
                 id="texts",
                 title="Pairs, token by token",
                 intro="From the clearest right ranking to the clearest wrong one. Blue tokens raised the score, orange "
                 "ones lowered it; point at one for its numbers. The line under the words is the score of everything up "
                 "to there, on one scale for both answers; the dotted line is where the prompt left it.",
+                answers=_coloured_pairs(pairs, tokenizer, audit),
             ),
-            Section(id="numbers", title="All numbers", intro="As in audit.json.", tables=[_table(audit)]),
+            PageSection(id="numbers", title="All numbers", intro="As in audit.json.", tables=[_table(audit)]),
         ],
     )
 
 
-def pair_cards(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, audit: Audit) -> list[dict[str, Any]]:
+def _coloured_pairs(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, audit: Audit) -> list[ColouredAnswer]:
     """Pairs from the clearest right ranking to the clearest wrong one, both answers coloured by r3hf."""
     mean, std = audit.score_mean, audit.score_std
     margins = np.array([chosen.score - rejected.score for chosen, rejected in pairs]) / std
@@ -93,12 +95,12 @@ def pair_cards(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, audit: Audit) -
     credit = [r3hf_credit(pairs[i], mean=mean, std=std) for i in picked]
     scale = scale_of([paid for both in credit for paid in both])
     return [
-        card(
+        ColouredAnswer(
             label="ranked right" if margins[i] > 0 else "ranked wrong",
             facts=[("lead of the chosen answer", f"{margins[i]:+.2f} std")],
             prompt=str(tokenizer.decode(pairs[i][0].answer.prompt_ids)),
             texts=[
-                text_of(
+                scored_text(
                     answer,
                     tokenizer,
                     mean=mean,
@@ -108,7 +110,7 @@ def pair_cards(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, audit: Audit) -
                 )
                 for name, answer in zip(("chosen", "rejected"), pairs[i], strict=True)
             ],
-            panels=[panel("r3hf", NOTES["r3hf"], paid, scale=scale, of=k) for k, paid in enumerate(both)],
+            rows=[colour_row("r3hf", facts_of("r3hf").note, paid, scale=scale, of=k) for k, paid in enumerate(both)],
         )
         for i, both in zip(picked, credit, strict=True)
     ]
@@ -153,13 +155,7 @@ def _prefix_charts(audit: Audit) -> list[Chart]:
             "the model is guessing; a line that leaves it early means that beginnings carry signal. The band is the "
             "95% interval.",
             series=[
-                {
-                    "label": "chosen ahead",
-                    "x": read,
-                    "y": [p.agrees.value for p in audit.places],
-                    "low": [p.agrees.low for p in audit.places],
-                    "high": [p.agrees.high for p in audit.places],
-                }
+                estimates("chosen ahead", read, [p.agrees for p in audit.places]),
             ],
             reference=0.5,
             x_title=READ,
@@ -172,13 +168,13 @@ def _prefix_charts(audit: Audit) -> list[Chart]:
             sentence="Mean change of the score since the prompt; the band holds 80% of the answers. A drift before the "
             "end pays or charges every token for being there; a step at the end is the end token.",
             series=[
-                {
-                    "label": "change since the prompt",
-                    "x": read,
-                    "y": [p.drift for p in audit.places],
-                    "low": [p.low for p in audit.places],
-                    "high": [p.high for p in audit.places],
-                }
+                Series(
+                    label="change since the prompt",
+                    x=read,
+                    y=[p.drift for p in audit.places],
+                    low=[p.low for p in audit.places],
+                    high=[p.high for p in audit.places],
+                )
             ],
             reference=0.0,
             x_title=READ,
@@ -192,8 +188,8 @@ def _prefix_charts(audit: Audit) -> list[Chart]:
             "answers (1 at the end). High early: the score is settled early. Spread far above 1: prefixes are "
             "scored wildly.",
             series=[
-                {"label": "foretells the outcome", "x": read, "y": [p.foretells for p in audit.places]},
-                {"label": "spread", "x": read, "y": [p.spread for p in audit.places], "quiet": True},
+                Series(label="foretells the outcome", x=read, y=[p.foretells for p in audit.places]),
+                Series(label="spread", x=read, y=[p.spread for p in audit.places], quiet=True),
             ],
             x_title=READ,
             percent=True,
@@ -212,12 +208,12 @@ def _credit_charts(audit: Audit, pairs: Pairs) -> list[Chart]:
             "along). A tall end token means that redistribution changes little.",
             kind="bars",
             series=[
-                {
-                    "label": "share",
-                    "x": [*places, "end"],
-                    "y": [*audit.credit_by_part, audit.ending.share],
-                    "marks": [*[0] * 10, 1],
-                }
+                Series(
+                    label="share",
+                    x=[*places, "end"],
+                    y=[*audit.credit_by_part, audit.ending.share],
+                    marks=[*[False] * 10, True],
+                )
             ],
             x_title="place in the answer",
         ),
@@ -228,11 +224,11 @@ def _credit_charts(audit: Audit, pairs: Pairs) -> list[Chart]:
             f"it is {audit.length.difference_correlation:.2f}. A model that likes length will be given length.",
             kind="scatter",
             series=[
-                {
-                    "label": "answer",
-                    "x": [len(a.prefix) for a in answers],
-                    "y": [(a.score - audit.score_mean) / audit.score_std for a in answers],
-                }
+                Series(
+                    label="answer",
+                    x=[len(a.prefix) for a in answers],
+                    y=[(a.score - audit.score_mean) / audit.score_std for a in answers],
+                )
             ],
             x_title="tokens of the answer",
             y_title="score",
@@ -268,7 +264,7 @@ def _table(audit: Audit) -> Table:
         ("mean length", f"{audit.mean_tokens:.1f}", "tokens of an answer"),
         ("telescoping error", f"{audit.telescoping_error:.1e}", "token rewards against R(x, y) − R(x, empty)"),
     ]
-    return Table(head=["what", "value", "of what"], rows=[Row(row) for row in rows], words=True)
+    return Table(head=["what", "value", "of what"], rows=[TableRow(row) for row in rows], styles={"of what": "meaning"})
 
 
 def _percent(value: float) -> str:

@@ -19,16 +19,16 @@ from r3hf_ray.instruments.audit.answers import (
     untrained,
 )
 from r3hf_ray.instruments.audit.audit import audit_numbers
-from r3hf_ray.instruments.audit.audit_page import audit_page, pair_cards
+from r3hf_ray.instruments.audit.audit_page import audit_page
 from r3hf_ray.instruments.audit.pairs import audit_pairs, selection
 from r3hf_ray.instruments.audit.verdict import verdict
 from r3hf_ray.instruments.credit.human_credit import LOGPROB, UNTRAINED, blame, human_rows, human_verdict, pair_rows
 from r3hf_ray.instruments.credit.human_credit import with_controls as with_human_controls
-from r3hf_ray.instruments.credit.human_page import human_cards, human_page
+from r3hf_ray.instruments.credit.human_page import coloured_marked_answers, human_page
 from r3hf_ray.instruments.credit.marked import MarkedAnswer, Text, load_marked
 from r3hf_ray.instruments.credit.toy_credit import first_advantages, toy_bars, toy_responses, toy_rows, with_controls
-from r3hf_ray.instruments.credit.toy_page import toy_cards, toy_page
-from r3hf_ray.instruments.pages.page import write_page
+from r3hf_ray.instruments.credit.toy_page import coloured_responses, toy_page
+from r3hf_ray.instruments.pages.writing import write_page
 from r3hf_ray.sections.data import DataSection
 
 QA_FEEDBACK = ("dev_feedback.json", "qa_feedback.jsonl.gz", "qa_feedback.jsonl")
@@ -61,9 +61,8 @@ def run_audit(reward_model: str, data: DataSection, *, folder: Path, console: Co
     page = write_page(
         folder,
         "audit",
-        audit_page(audit, found, judged, title=_name(reward_model), about=about),
-        cards=pair_cards(judged, judge.tokenizer, audit),
-        numbers={
+        audit_page(audit, found, judged, judge.tokenizer, title=_name(reward_model), about=about),
+        {
             "reward_model": reward_model,
             "data": data.model_dump(exclude_defaults=True),
             "report": report,
@@ -121,13 +120,15 @@ def _toy(
     rows = toy_rows(with_controls(paid, responses, seed=seed), responses)
     advantages = first_advantages(scored, responses, mean=mean, std=std)
     bars = toy_bars(rows, advantages)
+    coloured = coloured_responses(scored, responses, paid, judge.tokenizer, mean=mean, std=std)
     author = f"sampled from {policy}" if policy else "by the toy's author"
     page = write_page(
         folder,
         "credit",
-        toy_page(rows, advantages, bars, title=_name(judge.source), about=f"{count:,} toy responses {author}"),
-        cards=toy_cards(scored, responses, paid, judge.tokenizer, mean=mean, std=std),
-        numbers={
+        toy_page(
+            rows, advantages, bars, coloured, title=_name(judge.source), about=f"{count:,} toy responses {author}"
+        ),
+        {
             "reward_model": judge.source,
             "policy": policy,
             "responses": count,
@@ -163,12 +164,12 @@ def _human(
     pairs = pair_rows({name: _margins(answers, values) for name, values in totals.items()}, amended)
     found, about = human_verdict(rows), f"{count:,} marked answers of {source}"
     areas = [blame(credit, answer) for credit, answer in zip(first["r3hf"], answers, strict=True)]
+    coloured = coloured_marked_answers(answers, scored[:count], first, areas, judge.tokenizer, mean=mean, std=std)
     page = write_page(
         folder,
         "credit",
-        human_page(rows, pairs, title=_name(judge.source), about=about, report=report),
-        cards=human_cards(answers, scored[:count], first, areas, judge.tokenizer, mean=mean, std=std),
-        numbers={
+        human_page(rows, pairs, coloured, title=_name(judge.source), about=about, report=report),
+        {
             "reward_model": judge.source,
             "policy": policy,
             "data": source,

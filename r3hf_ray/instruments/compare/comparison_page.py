@@ -2,9 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from r3hf_ray.instruments.compare.arm_runs import MeasuredRun
 from r3hf_ray.instruments.compare.expectations import ArmResult, JudgedExpectation
@@ -13,15 +11,14 @@ from r3hf_ray.instruments.compare.statistics import band, by_cell, trailing_mean
 from r3hf_ray.instruments.compare.tables import (
     SCREENED,
     arm_table,
-    markdown,
     numbers,
     paired_table,
     run_table,
     samples_text,
     summary,
 )
-from r3hf_ray.instruments.pages.page import Chart, Check, Page, Section, write_page
-from r3hf_ray.instruments.report.summary import Tile
+from r3hf_ray.instruments.pages.parts import Chart, Check, Page, PageSection, Series, Tile
+from r3hf_ray.instruments.pages.writing import write_page
 
 NAME = "comparison"
 KL_CELL = 1.0
@@ -38,12 +35,7 @@ def write_comparison(
 
     ``lacking`` says which arms of a whole comparison are not here (`baselines.lacking`).
     """
-    page = write_page(
-        folder, NAME, comparison_page(config, results, bars, lacking), cards=[], numbers=numbers(config, results, bars)
-    )
-    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    (folder / f"{NAME}.md").write_text(markdown(config, results, bars, lacking, written=written), encoding="utf-8")
-    return page
+    return write_page(folder, NAME, comparison_page(config, results, bars, lacking), numbers(config, results, bars))
 
 
 def comparison_page(
@@ -54,7 +46,7 @@ def comparison_page(
     runs = [run for result in results for run in result.runs]
     complete = all(run.status == "finished" for run in runs)
     status = ("expectations missed" if missed else "complete") if complete else "not complete"
-    expected = Section(
+    expected = PageSection(
         id="expected",
         title="What was expected",
         intro="Redistribution keeps the optimum and changes speed. It should be faster than sparse reward with a cold "
@@ -73,14 +65,14 @@ def comparison_page(
         sections=[
             *([expected] if bars else []),
             *_curve_sections(config, results),
-            Section(
+            PageSection(
                 id="ends",
                 title="Speed and end",
                 intro="Every arm with a finished run: points are means over seeds, bars their range. Read speed and "
                 "end together, at equal KL too: an arm can be fast because it moves further.",
                 charts=_dots(config, results),
             ),
-            Section(
+            PageSection(
                 id="numbers",
                 title="All numbers",
                 intro="As in comparison.md and comparison.json. One seed is a hint, three are little more. " + lacking,
@@ -121,10 +113,10 @@ def _tiles(
     return tiles
 
 
-def _curve_sections(config: CompareConfig, results: Sequence[ArmResult]) -> list[Section]:
+def _curve_sections(config: CompareConfig, results: Sequence[ArmResult]) -> list[PageSection]:
     """One section a group, with the baseline in each."""
     groups = dict.fromkeys(result.group for result in results)
-    sections: list[Section] = []
+    sections: list[PageSection] = []
     for number, group in enumerate(groups):
         arms = [result for result in results if result.group == group or result.baseline]
         charts = [_over_samples(config, arms), _over_kl(config, arms)]
@@ -133,7 +125,7 @@ def _curve_sections(config: CompareConfig, results: Sequence[ArmResult]) -> list
             intro = "In grey, the baseline."
             if not sections:
                 intro += " Lines are means over finished seeds, bands reach from the lowest to the highest seed."
-            sections.append(Section(id=f"group-{number}", title=group, intro=intro, charts=shown))
+            sections.append(PageSection(id=f"group-{number}", title=group, intro=intro, charts=shown))
     return sections
 
 
@@ -179,17 +171,16 @@ def _over_kl(config: CompareConfig, arms: Sequence[ArmResult]) -> Chart:
 
 def _banded(
     curves: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]], arms: Sequence[ArmResult]
-) -> list[dict[str, Any]]:
-    series: list[dict[str, Any]] = []
+) -> list[Series]:
+    series: list[Series] = []
     for arm in arms:
         found = band(curves[arm.name])
         if not found.x:
             continue
         stride = math.ceil(len(found.x) / POINTS)
-        one: dict[str, Any] = {"label": arm.name, "x": found.x[::stride], "y": found.mean[::stride]}
-        if found.seeds > 1:
-            one |= {"low": found.low[::stride], "high": found.high[::stride]}
-        series.append(one | ({"quiet": True} if arm.baseline else {}))
+        low, high = (found.low[::stride], found.high[::stride]) if found.seeds > 1 else ([], [])
+        x, y = found.x[::stride], found.mean[::stride]
+        series.append(Series(label=arm.name, x=x, y=y, low=low, high=high, quiet=arm.baseline))
     return series
 
 
@@ -198,7 +189,7 @@ def _dots(config: CompareConfig, results: Sequence[ArmResult]) -> list[Chart]:
         known = {name: finite for name, found in values.items() if (finite := [v for v in found if math.isfinite(v)])}
         means = [math.fsum(found) / len(found) for found in known.values()]
         lows, highs = [min(found) for found in known.values()], [max(found) for found in known.values()]
-        series = [{"label": title, "x": list(known), "y": means, "low": lows, "high": highs}] if known else []
+        series = [Series(label=title, x=list(known), y=means, low=lows, high=highs)] if known else []
         return Chart(title=title, sentence=sentence, kind="dots", series=series, y_title=across)
 
     finished = {result.name: result.finished for result in results}

@@ -9,7 +9,7 @@ from r3hf_ray.instruments.compare.arm_runs import MeasuredRun
 from r3hf_ray.instruments.compare.expectations import ArmResult, JudgedExpectation
 from r3hf_ray.instruments.compare.settings import CompareConfig
 from r3hf_ray.instruments.compare.statistics import mean, mean_ratio, paired_difference
-from r3hf_ray.instruments.pages.page import Row, Table
+from r3hf_ray.instruments.pages.parts import Table, TableRow
 
 NOTHING = "–"
 
@@ -31,7 +31,7 @@ def arm_table(config: CompareConfig, results: Sequence[ArmResult]) -> Table:
                 "EOS",
             ),
         ],
-        rows=[Row(_arm_cells(result), quiet=not result.finished) for result in results],
+        rows=[TableRow(_arm_cells(result), quiet=not result.finished) for result in results],
         note=f"Samples: responses trained on until the mean {what} of {settings.window} training batches was at the "
         "threshold; at once: in the first window already. Paired: geometric mean of that number over the baseline's, "
         "seed by seed; > and < are bounds, where one of the two never got there or was there at once. Final: held-out "
@@ -57,7 +57,7 @@ def paired_table(config: CompareConfig, results: Sequence[ArmResult]) -> Table:
         title=f"Minus {baseline.name}, paired by seed",
         head=["arm", *PAIRED],
         rows=[
-            Row([result.name, *(_difference(result, baseline, value) for value in PAIRED.values())])
+            TableRow([result.name, *(_difference(result, baseline, value) for value in PAIRED.values())])
             for result in results
             if not result.baseline
         ],
@@ -74,37 +74,15 @@ def run_table(config: CompareConfig, results: Sequence[ArmResult]) -> Table:
         title="Runs",
         head=["run", "status", "samples", "to threshold", "paired ratio", final, "KL", "length", "EOS", "note"],
         rows=[
-            Row(_run_cells(result, run), quiet=run.status != "finished") for result in results for run in result.runs
+            TableRow(_run_cells(result, run), quiet=run.status != "finished")
+            for result in results
+            for run in result.runs
         ],
-        words=True,
+        styles={"run": "text", "status": "text", "note": "meaning"},
     )
 
 
 SCREENED = ", screened: each run in one process, with the system's engine, scorer and learner but without Ray"
-
-
-def markdown(
-    config: CompareConfig,
-    results: Sequence[ArmResult],
-    bars: Sequence[JudgedExpectation],
-    lacking: str,
-    *,
-    written: str,
-) -> str:
-    """The tables and expectations as a Markdown page."""
-    tables = [arm_table(config, results), paired_table(config, results), run_table(config, results)]
-    parts = [
-        f"# {config.run.name}",
-        f"{summary(config, results, bars)} {lacking}".strip(),
-        *(
-            ["## Expected", "\n".join(f"- **{bar.verdict}**: {bar.sentence}: {bar.found}" for bar in bars)]
-            if bars
-            else []
-        ),
-        *(part for table in tables for part in (f"## {table.title}", _markdown_table(table), table.note) if part),
-        f"Written {written} from `{config.compare.job}`{SCREENED if config.compare.in_process else ''}.",
-    ]
-    return "\n\n".join(parts) + "\n"
 
 
 def numbers(config: CompareConfig, results: Sequence[ArmResult], bars: Sequence[JudgedExpectation]) -> dict[str, Any]:
@@ -201,12 +179,3 @@ def _run_cells(result: ArmResult, run: MeasuredRun) -> list[str]:
 
 def _number(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else NOTHING
-
-
-def _markdown_table(table: Table) -> str:
-    lines = [list(table.head), ["---"] * len(table.head), *(list(row.cells) for row in table.rows)]
-    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float64
 from r3hf_ray.algorithms.credit import auc
 from r3hf_ray.instruments.audit.answers import Credit
 from r3hf_ray.instruments.credit.marked import MarkedAnswer, Text, changed_characters, marked_characters, on_characters
-from r3hf_ray.instruments.pages.intervals import Mean, mean_interval
+from r3hf_ray.instruments.pages.intervals import Estimate, mean_interval
 from r3hf_ray.methods import facts_of
 
 RANDOM, EARLIER, LATER = "random", "earlier is better", "later is better"
@@ -34,16 +34,16 @@ class HumanRow:
     areas: tuple[float, ...]
     """Of minus credit, marked against unmarked characters, within an answer: one for each question, in the order of the
     file; NaN without both sorts of text. Where a question has several answers, their mean."""
-    auroc: Mean
+    auroc: Estimate
     """Of `areas`; everything below is over questions too."""
-    by_kind: dict[str, Mean]
+    by_kind: dict[str, Estimate]
     """The same for one kind of mark against unmarked characters."""
-    marked_minus_unmarked: Mean
+    marked_minus_unmarked: Estimate
     """Mean credit of marked less that of unmarked stretches of text, in standard deviations within the answer; negative
     where marked text earns less."""
-    removed: Mean
+    removed: Estimate
     """Area of minus credit in the original: text that the correction took out against what it kept."""
-    added: Mean
+    added: Estimate
     """Area of credit in the corrected answer: text that the correction brought in against what it kept."""
 
 
@@ -54,7 +54,7 @@ class HumanVerdict:
     good: bool
     status: str
     sentence: str
-    lead: Mean | None = None
+    lead: Estimate | None = None
     """What the best method's area has more than the best control's, question by question; None if not compared."""
 
 
@@ -63,7 +63,7 @@ class PairRow:
     """How often a way to score whole answers puts the corrected one above the original."""
 
     name: str
-    accuracy: Mean
+    accuracy: Estimate
     """Over questions; a tie counts one half."""
 
 

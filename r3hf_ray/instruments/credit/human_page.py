@@ -1,30 +1,43 @@
 """What the page of `r3hf credit` says about answers that people marked."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.instruments.audit.answers import Credit, Scored
-from r3hf_ray.instruments.audit.cards import spread_out, text_of
+from r3hf_ray.instruments.audit.scored_text import scored_text
 from r3hf_ray.instruments.credit.human_credit import CONTROLS, LOGPROB, UNTRAINED, HumanRow, PairRow, human_verdict
 from r3hf_ray.instruments.credit.marked import MarkedAnswer, marked_characters
-from r3hf_ray.instruments.pages.intervals import Mean
-from r3hf_ray.instruments.pages.page import Chart, Check, Page, Row, Section, Table
-from r3hf_ray.instruments.report.cards import NOTES, OWN_NOTE, card, in_order, panel, scale_of
-from r3hf_ray.instruments.report.summary import Tile
+from r3hf_ray.instruments.pages.coloured_answers import (
+    ColouredAnswer,
+    colour_row,
+    in_order,
+    scale_of,
+    spread_out,
+)
+from r3hf_ray.instruments.pages.intervals import Estimate
+from r3hf_ray.instruments.pages.parts import Chart, Check, Page, PageSection, Series, Table, TableRow, Tile, estimates
+from r3hf_ray.methods import facts_of
 
 SHOWN = 6
 AREA = "area under the curve"
-MARKS = {"minus-mark": "people marked it as wrong"}
+UNDERLINES = {"minus-mark": "people marked it as wrong"}
 CONTROL_NOTES = {
     LOGPROB: "how likely the policy finds each token",
     UNTRAINED: "r3hf by a model of this shape with random weights",
 }
 
 
-def human_page(rows: Sequence[HumanRow], pairs: Sequence[PairRow], *, title: str, about: str, report: str) -> Page:
+def human_page(
+    rows: Sequence[HumanRow],
+    pairs: Sequence[PairRow],
+    answers: Sequence[ColouredAnswer],
+    *,
+    title: str,
+    about: str,
+    report: str,
+) -> Page:
     """The page of a benchmark on marked answers."""
     best = max((row for row in rows if not row.control), key=lambda row: np.nan_to_num(row.auroc.value))
     verdict = human_verdict(rows)
@@ -35,7 +48,6 @@ def human_page(rows: Sequence[HumanRow], pairs: Sequence[PairRow], *, title: str
         status=verdict.status,
         tone="good" if verdict.good else "warn",
         about=about,
-        marks=MARKS,
         tiles=[
             Tile("Best method", best.method, f"AUROC {best.auroc} over {best.auroc.count} questions"),
             Tile("Marked less unmarked", f"{best.marked_minus_unmarked.value:+.2f}", "credit in std; below 0 is right"),
@@ -45,7 +57,7 @@ def human_page(rows: Sequence[HumanRow], pairs: Sequence[PairRow], *, title: str
             ),
         ],
         sections=[
-            Section(
+            PageSection(
                 id="found",
                 title="Does credit find what people found wrong?",
                 intro="People marked the wrong parts of these answers. A method is good if, within an answer, marked "
@@ -54,7 +66,7 @@ def human_page(rows: Sequence[HumanRow], pairs: Sequence[PairRow], *, title: str
                 checks=[Check("plain", "Data.", report)],
                 charts=[*_mark_charts(rows), *_correction_charts(rows, pairs)],
             ),
-            Section(
+            PageSection(
                 id="texts",
                 title="The same answer, paid by each method",
                 intro="From the answer where r3hf finds the marks best to where it finds them worst. Each row pays the "
@@ -62,13 +74,15 @@ def human_page(rows: Sequence[HumanRow], pairs: Sequence[PairRow], *, title: str
                 "an answer (controls have their own). Dashed underlines are what people marked: where orange meets an "
                 "underline, credit is right. The line under the words is the reward model's score of everything up to "
                 "there. Point at a word for its numbers.",
+                answers=answers,
+                underlines=UNDERLINES,
             ),
-            Section(id="numbers", title="All numbers", intro="As in credit.json.", tables=_tables(rows, pairs)),
+            PageSection(id="numbers", title="All numbers", intro="As in credit.json.", tables=_tables(rows, pairs)),
         ],
     )
 
 
-def human_cards(
+def coloured_marked_answers(
     answers: Sequence[MarkedAnswer],
     scored: Sequence[Scored],
     paid: Mapping[str, Credit],
@@ -77,7 +91,7 @@ def human_cards(
     *,
     mean: float,
     std: float,
-) -> list[dict[str, Any]]:
+) -> list[ColouredAnswer]:
     """Answers from where r3hf finds the marks best to where it finds them worst, coloured by each method.
 
     Args:
@@ -90,30 +104,30 @@ def human_cards(
         std: in the model's own units.
     """
     shown = {n: paid[n] for n in in_order(paid) if n not in CONTROLS or n in CONTROL_NOTES}
-    notes = {**NOTES, **CONTROL_NOTES, "segment": "r3hf summed over sentences, shown shared over each"}
+    notes = {**CONTROL_NOTES, "segment": "r3hf summed over sentences, shown shared over each"}
     coloured = {name: _about_mean(credit) if name == LOGPROB else credit for name, credit in shown.items()}
     known = [i for i, area in enumerate(blame) if not np.isnan(area)]
     known = [i for i in known if 0.15 < _marked_share(answers[i]) < 0.85] or known
-    cards = []
+    found = []
     for i in (known[k] for k in spread_out([blame[i] for i in known], SHOWN)):
         kinds = _kinds(answers[i])
         tags = ["" if t and kinds[t - 1] == kind else kind for t, kind in enumerate(kinds)]
         marks = [-1 if kind else 0 for kind in kinds]
-        text = text_of(scored[i], tokenizer, mean=mean, std=std, marks=marks, words=kinds, tags=tags)
+        text = scored_text(scored[i], tokenizer, mean=mean, std=std, marks=marks, words=kinds, tags=tags)
         scale = scale_of(credit[i] for name, credit in coloured.items() if name not in CONTROL_NOTES)
         score = f"{(scored[i].score - mean) / std:+.2f}"
-        cards.append(
-            card(
+        found.append(
+            ColouredAnswer(
                 label=f"row {answers[i].row}",
                 facts=[("AUROC of r3hf", f"{blame[i]:.2f}"), ("score", score)],
                 prompt=answers[i].question,
                 texts=[text],
-                panels=[
-                    panel("what people marked", "and what for", None, scale=1.0, tagged=True),
+                rows=[
+                    colour_row("what people marked", "and what for", None, scale=1.0, tagged=True),
                     *(
-                        panel(
+                        colour_row(
                             name,
-                            notes.get(name, OWN_NOTE),
+                            notes.get(name) or facts_of(name).note,
                             credit[i],
                             scale=scale_of([credit[i]]) if name in CONTROL_NOTES else scale,
                             summed=name != LOGPROB,
@@ -123,7 +137,7 @@ def human_cards(
                 ],
             )
         )
-    return cards
+    return found
 
 
 def _marked_share(answer: MarkedAnswer) -> float:
@@ -143,15 +157,8 @@ def _kinds(answer: MarkedAnswer) -> list[str]:
     ]
 
 
-def _series(label: str, rows: Sequence[HumanRow], means: Sequence[Mean]) -> dict[str, Any]:
-    return {
-        "label": label,
-        "x": [row.method for row in rows],
-        "y": [mean.value for mean in means],
-        "low": [mean.low for mean in means],
-        "high": [mean.high for mean in means],
-        "marks": [int(row.control) for row in rows],
-    }
+def _series(label: str, rows: Sequence[HumanRow], means: Sequence[Estimate]) -> Series:
+    return estimates(label, [row.method for row in rows], means, marks=[row.control for row in rows])
 
 
 def _mark_charts(rows: Sequence[HumanRow]) -> list[Chart]:
@@ -173,14 +180,12 @@ def _mark_charts(rows: Sequence[HumanRow]) -> list[Chart]:
             unit="AUROC of minus credit",
             sentence="One kind of mark against unmarked text. Kinds with few answers have wide intervals.",
             series=[
-                {
-                    "label": row.method,
-                    "x": [f"{kind} ({row.by_kind[kind].count})" for kind in kinds],
-                    "y": [row.by_kind[kind].value for kind in kinds],
-                    "low": [row.by_kind[kind].low for kind in kinds],
-                    "high": [row.by_kind[kind].high for kind in kinds],
-                    "quiet": row.control,
-                }
+                estimates(
+                    row.method,
+                    [f"{kind} ({row.by_kind[kind].count})" for kind in kinds],
+                    [row.by_kind[kind] for kind in kinds],
+                    quiet=row.control,
+                )
                 for row in main
             ],
             kind="dots",
@@ -212,14 +217,12 @@ def _correction_charts(rows: Sequence[HumanRow], pairs: Sequence[PairRow]) -> li
             "by controls. Bars are 95% bootstrap intervals over questions; one without width says only that all agree.",
             kind="dots",
             series=[
-                {
-                    "label": "accuracy",
-                    "x": [pair.name for pair in pairs],
-                    "y": [pair.accuracy.value for pair in pairs],
-                    "low": [pair.accuracy.low for pair in pairs],
-                    "high": [pair.accuracy.high for pair in pairs],
-                    "marks": [int(k > 0) for k in range(len(pairs))],
-                }
+                estimates(
+                    "accuracy",
+                    [pair.name for pair in pairs],
+                    [pair.accuracy for pair in pairs],
+                    marks=[k > 0 for k in range(len(pairs))],
+                )
             ],
             reference=0.5,
             y_title="share of pairs",
@@ -234,7 +237,7 @@ def _tables(rows: Sequence[HumanRow], pairs: Sequence[PairRow]) -> list[Table]:
             title="Agreement with people's marks",
             head=["method", "AUROC", "questions", "marked − unmarked", "taken out", "brought in", *kinds],
             rows=[
-                Row(
+                TableRow(
                     [
                         row.method,
                         str(row.auroc),
@@ -256,7 +259,7 @@ def _tables(rows: Sequence[HumanRow], pairs: Sequence[PairRow]) -> list[Table]:
         Table(
             title="Corrected against original answers",
             head=["scored by", "corrected one higher", "questions"],
-            rows=[Row([p.name, str(p.accuracy), str(p.accuracy.count)], quiet=k > 0) for k, p in enumerate(pairs)],
+            rows=[TableRow([p.name, str(p.accuracy), str(p.accuracy.count)], quiet=k > 0) for k, p in enumerate(pairs)],
             note="Share of pairs, mean over questions with 95% bootstrap intervals; a tie counts one half.",
         ),
     ]

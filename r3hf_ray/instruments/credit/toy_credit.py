@@ -21,7 +21,7 @@ from r3hf_ray.algorithms.redistribution import PrefixScores, redistribute
 from r3hf_ray.draws import seed_of
 from r3hf_ray.errors import ModelError
 from r3hf_ray.instruments.audit.answers import Answer, Credit, Judge, Scored, standardised, unpadded
-from r3hf_ray.instruments.pages.intervals import Mean, mean_interval
+from r3hf_ray.instruments.pages.intervals import Estimate, mean_interval
 from r3hf_ray.instruments.toy.author import noisy_response
 from r3hf_ray.instruments.toy.language import VOCABULARY, ToyRequest, gold_credit, make_request, phrase_ids
 from r3hf_ray.instruments.toy.sampling import render_prompt, sample_responses
@@ -52,11 +52,11 @@ class ToyRow:
 
     method: str
     control: bool
-    phrase_auc: Mean
+    phrase_auc: Estimate
     """Phrases that helped against phrases that hurt, within a response: the one to judge by."""
-    token_auc: Mean
-    phrase_pearson: Mean
-    token_pearson: Mean
+    token_auc: Estimate
+    phrase_pearson: Estimate
+    token_pearson: Estimate
     phrase_auc_pooled: float
     """Over the phrases of all responses."""
     token_auc_pooled: float

@@ -1,34 +1,40 @@
 """What the page of `r3hf credit --benchmark toy` says."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.instruments.audit.answers import Credit, Scored
-from r3hf_ray.instruments.audit.cards import spread_out, text_of
+from r3hf_ray.instruments.audit.scored_text import scored_text
 from r3hf_ray.instruments.credit.toy_credit import ENOUGH_RESPONSES, LAMBDAS, Bar, ToyResponse, ToyRow
-from r3hf_ray.instruments.pages.page import Chart, Check, Page, Row, Section, Table
-from r3hf_ray.instruments.report.cards import (
-    KNOWN,
-    KNOWN_NOTE,
-    MARKS,
-    NOTES,
-    OWN_NOTE,
-    card,
+from r3hf_ray.instruments.pages.coloured_answers import (
+    TRUE_UNDERLINES,
+    ColouredAnswer,
+    colour_row,
+    ending_of,
     in_order,
+    known_credit_row,
     mark_of,
-    panel,
     scale_of,
+    spread_out,
 )
-from r3hf_ray.instruments.report.summary import Tile
+from r3hf_ray.instruments.pages.parts import Chart, Check, Page, PageSection, Series, Table, TableRow, Tile, estimates
+from r3hf_ray.methods import facts_of
 
 SHOWN = 6
 TONES = {"met": "good", "missed": "bad", "not judged": "plain"}
 Advantages = Mapping[str, Mapping[float, float]]
 
 
-def toy_page(rows: Sequence[ToyRow], advantages: Advantages, bars: Sequence[Bar], *, title: str, about: str) -> Page:
+def toy_page(
+    rows: Sequence[ToyRow],
+    advantages: Advantages,
+    bars: Sequence[Bar],
+    answers: Sequence[ColouredAnswer],
+    *,
+    title: str,
+    about: str,
+) -> Page:
     """The page of the toy benchmark."""
     r3hf = next(row for row in rows if row.method == "r3hf")
     verdict, status = _verdict(r3hf, bars)
@@ -40,7 +46,6 @@ def toy_page(rows: Sequence[ToyRow], advantages: Advantages, bars: Sequence[Bar]
         status=status,
         tone="good" if status == "bars met" else "warn",
         about=about,
-        marks=MARKS,
         tiles=[
             Tile("Phrase AUC of r3hf", f"{r3hf.phrase_auc.value:.2f}", f"0.5 is chance; {r3hf.phrase_auc}"),
             Tile("Token AUC of r3hf", f"{r3hf.token_auc.value:.2f}", "credit often lands a token early or late"),
@@ -52,7 +57,7 @@ def toy_page(rows: Sequence[ToyRow], advantages: Advantages, bars: Sequence[Bar]
             ),
         ],
         sections=[
-            Section(
+            PageSection(
                 id="bars",
                 title="Does credit find what earned the reward?",
                 intro="In the toy language the true worth of every word is known. A method is good if, within a "
@@ -60,15 +65,19 @@ def toy_page(rows: Sequence[ToyRow], advantages: Advantages, bars: Sequence[Bar]
                 checks=[Check(TONES[bar.label], bar.label, bar.sentence) for bar in bars],
                 charts=_charts(rows, advantages),
             ),
-            Section(
+            PageSection(
                 id="texts",
                 title="The same response, paid by each method",
                 intro="From the best response to the worst. Each row pays the same words by another method: blue words "
                 "earned, orange ones lost, on one scale for all methods of a response. Underlines are the truth: where "
                 "colour and underline agree, credit is right. The line under the words is the reward model's score of "
                 "everything up to there. Point at a word for its numbers.",
+                answers=answers,
+                underlines=TRUE_UNDERLINES,
             ),
-            Section(id="numbers", title="All numbers", intro="As in credit.json.", tables=_tables(rows, advantages)),
+            PageSection(
+                id="numbers", title="All numbers", intro="As in credit.json.", tables=_tables(rows, advantages)
+            ),
         ],
     )
 
@@ -90,7 +99,7 @@ def _verdict(r3hf: ToyRow, bars: Sequence[Bar]) -> tuple[str, str]:
     ), "bars met"
 
 
-def toy_cards(
+def coloured_responses(
     scored: Sequence[Scored],
     responses: Sequence[ToyResponse],
     paid: Mapping[str, Credit],
@@ -98,38 +107,37 @@ def toy_cards(
     *,
     mean: float,
     std: float,
-) -> list[dict[str, Any]]:
+) -> list[ColouredAnswer]:
     """Responses from the best to the worst by known credit, coloured by each method and by the known credit."""
     golds = [float(response.gold.sum()) for response in responses]
-    cards = []
+    found = []
     for i in spread_out(golds, SHOWN):
         scale = scale_of(credit[i] for credit in paid.values())
         gold, answer = responses[i].gold, scored[i]
-        text = text_of(
+        text = scored_text(
             answer,
             tokenizer,
             mean=mean,
             std=std,
             marks=[mark_of(credit) for credit in gold.tolist()],
         )
-        truth = panel(KNOWN, KNOWN_NOTE, gold, scale=1.0)
-        methods = [
-            panel(method, NOTES.get(method, OWN_NOTE), paid[method][i], scale=scale) for method in in_order(paid)
-        ]
+        methods = [colour_row(method, facts_of(method).note, paid[method][i], scale=scale) for method in in_order(paid)]
         facts = [
             ("gold", f"{golds[i]:+.2f}"),
             ("score", f"{(answer.score - mean) / std:+.2f}"),
             ("tokens", str(len(gold))),
-            ("", "ended by itself" if answer.finished else "cut at the limit"),
+            ending_of(answer.finished),
         ]
         prompt = responses[i].request.text
-        cards.append(card(label="", facts=facts, prompt=prompt, texts=[text], panels=[truth, *methods]))
-    return cards
+        found.append(
+            ColouredAnswer(label="", facts=facts, prompt=prompt, texts=[text], rows=[known_credit_row(gold), *methods])
+        )
+    return found
 
 
 def _charts(rows: Sequence[ToyRow], advantages: Advantages) -> list[Chart]:
     names = [row.method for row in rows]
-    quiet = [int(row.control) for row in rows]
+    quiet = [row.control for row in rows]
     areas = [("by phrase", [row.phrase_auc for row in rows]), ("by token", [row.token_auc for row in rows])]
     return [
         Chart(
@@ -138,17 +146,7 @@ def _charts(rows: Sequence[ToyRow], advantages: Advantages) -> list[Chart]:
             sentence="Chance that something that helped is paid more than something that hurt. The dashed line is "
             "chance; bars are 95% intervals over responses; controls are grey. Judge by phrase.",
             kind="dots",
-            series=[
-                {
-                    "label": label,
-                    "x": names,
-                    "y": [m.value for m in means],
-                    "low": [m.low for m in means],
-                    "high": [m.high for m in means],
-                    "marks": quiet,
-                }
-                for label, means in areas
-            ],
+            series=[estimates(label, names, means, marks=quiet) for label, means in areas],
             reference=0.5,
             y_title="area under the curve",
         ),
@@ -159,7 +157,7 @@ def _charts(rows: Sequence[ToyRow], advantages: Advantages) -> list[Chart]:
             "critic loaded from the reward model is the same as r3hf with a zero critic; taking both counts it twice.",
             kind="dots",
             series=[
-                {"label": f"lambda {lam:g}", "x": list(advantages), "y": [found[lam] for found in advantages.values()]}
+                Series(label=f"lambda {lam:g}", x=list(advantages), y=[found[lam] for found in advantages.values()])
                 for lam in LAMBDAS
             ],
             reference=0.5,
@@ -182,7 +180,7 @@ def _tables(rows: Sequence[ToyRow], advantages: Advantages) -> list[Table]:
                 "token AUC, pooled",
             ],
             rows=[
-                Row(
+                TableRow(
                     [
                         row.method,
                         *map(str, (row.phrase_auc, row.token_auc, row.phrase_pearson, row.token_pearson)),
@@ -199,6 +197,6 @@ def _tables(rows: Sequence[ToyRow], advantages: Advantages) -> list[Table]:
         Table(
             title="AUC of the first advantages, pooled over responses",
             head=["reward and critic", *(f"lambda {lam:g}" for lam in LAMBDAS)],
-            rows=[Row([arm, *(f"{found[lam]:.3f}" for lam in LAMBDAS)]) for arm, found in advantages.items()],
+            rows=[TableRow([arm, *(f"{found[lam]:.3f}" for lam in LAMBDAS)]) for arm, found in advantages.items()],
         ),
     ]

@@ -17,16 +17,15 @@ import torch
 
 from r3hf_ray.algorithms.redistribution import FUNCTIONS, PrefixScores, redistribute
 from r3hf_ray.algorithms.spans import ends_sentence
-from r3hf_ray.instruments.report.cards import (
-    KNOWN,
-    KNOWN_NOTE,
-    NOTES,
-    Card,
+from r3hf_ray.instruments.pages.coloured_answers import (
+    ColouredAnswer,
+    ColourRow,
     answer_text,
-    card,
+    colour_row,
+    ending_of,
     in_order,
+    known_credit_row,
     mark_of,
-    panel,
     scale_of,
 )
 from r3hf_ray.methods import METHODS, facts_of
@@ -66,6 +65,13 @@ class Payment:
             return "in the reward model's own units"
         return "standard deviations of the score; 0 is the average answer before training"
 
+    @property
+    def of_a_token(self) -> str:
+        """What a token's reward has to do with the line of prefix scores under a response; empty if little."""
+        spans = ", summed over spans" if "span_ends" in facts_of(self.mode).needs else ""
+        scaled = ", divided by the spread of scores (one fixed number for the whole run)" if self.std != 1.0 else ""
+        return f"; a token's reward is the step the line takes there{spans}{scaled}" if self.steps else ""
+
 
 def payment_of(config: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> Payment:
     """What a run's ``config.toml`` and events say; without calibration the unit is the reward model's own."""
@@ -102,26 +108,26 @@ def paid_by_method(tokens: Tokens, payment: Payment) -> dict[str, np.ndarray]:
     return paid
 
 
-def credit_cards(run_folder: Path, payment: Payment) -> list[Card]:
+def coloured_answers(run_folder: Path, payment: Payment) -> list[ColouredAnswer]:
     """The best and the worst response, by score, of the last and of the first dump.
 
     Dumps that were written without the prompt's score are left out.
     """
     steps = sample_steps(run_folder)
-    cards = []
+    answers = []
     for step in dict.fromkeys([*steps[-1:], *steps[:1]]):
         complete = [tokens for tokens in read_samples(run_folder, step) if tokens[0]["prompt_score"] is not None]
         ranked = sorted(complete, key=lambda tokens: tokens[0]["score"], reverse=True)
         ends = {"best score": ranked[:1], "worst score": ranked[1:][-1:]}
-        cards += [
-            _card(tokens, payment, label=f"Step {step}, {end} of {len(ranked)}")
+        answers += [
+            _coloured(tokens, payment, label=f"Step {step}, {end} of {len(ranked)}")
             for end, chosen in ends.items()
             for tokens in chosen
         ]
-    return cards
+    return answers
 
 
-def _card(tokens: Tokens, payment: Payment, *, label: str) -> Card:
+def _coloured(tokens: Tokens, payment: Payment, *, label: str) -> ColouredAnswer:
     first, known = tokens[0], [token["gold_credit"] for token in tokens]
     knows = all(credit is not None for credit in known)
     curve = [(token["prefix_score"] - payment.mean) / payment.std for token in tokens]
@@ -135,31 +141,30 @@ def _card(tokens: Tokens, payment: Payment, *, label: str) -> Card:
     own = np.array([token["reward"] for token in tokens])
     methods = paid_by_method(tokens, payment)
     scale = scale_of([own, *methods.values()])
-    truth = [panel(KNOWN, KNOWN_NOTE, known, scale=float(np.abs(known).max()) or 1.0)] if knows else []
     facts = [
         ("score", f"{curve[-1]:+.2f}"),
         *([] if first["gold"] is None else [("gold", f"{first['gold']:+.2f}")]),
         ("tokens", str(len(tokens))),
-        ("", "ended by itself" if first["finish"] == "eos" else "cut at the limit"),
+        ending_of(first["finish"] == "eos"),
     ]
     others = [
-        panel(name, NOTES[name], methods[name], scale=scale)
+        colour_row(name, facts_of(name).note, methods[name], scale=scale)
         for name in in_order(methods)
         if payment.several or name != payment.mode
     ]
     parts = [
-        panel(name, "a model's part of that sum", [token[name] for token in tokens], scale=scale)
+        colour_row(name, "a model's part of that sum", [token[name] for token in tokens], scale=scale)
         for name in first
         if name.startswith(PART)
     ]
-    rows = [*truth, _own_panel(own, payment, scale), *parts, *others]
-    return card(label=label, facts=facts, prompt=first["prompt"], texts=[text], panels=rows)
+    rows = [*([known_credit_row(known)] if knows else []), _own_row(own, payment, scale), *parts, *others]
+    return ColouredAnswer(label=label, facts=facts, prompt=first["prompt"], texts=[text], rows=rows)
 
 
-def _own_panel(rewards: np.ndarray, payment: Payment, scale: float) -> dict[str, Any]:
+def _own_row(rewards: np.ndarray, payment: Payment, scale: float) -> ColourRow:
     if payment.several:
         title, note = "all models", "the sum of what this run's models pay; the other rows pay by the first one only"
     else:
         title = payment.mode.rpartition(":")[2]
-        note = NOTES.get(payment.mode, f"this run's own method, {payment.mode}")
-    return panel(title, note, rewards, scale=scale, own=True)
+        note = facts_of(payment.mode).note if payment.mode in METHODS else f"this run's own method, {payment.mode}"
+    return colour_row(title, note, rewards, scale=scale, own=True)

@@ -1,14 +1,17 @@
-"""Which curves the report draws, in which order, and the sentence under each; then the numbers they draw."""
+"""Which curves the report draws, in which order, and the sentence under each; then the charts with their numbers."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
+from r3hf_ray.instruments.pages.parts import Chart, PageSection, Series
 from r3hf_ray.records.metrics import STEP
 
-Row = Mapping[str, float]
+MetricRows = Sequence[Mapping[str, float]]
+"""Lines of `metrics.jsonl`."""
 MAX_POINTS = 1000
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,51 +252,53 @@ SYSTEM = Chapter(
 )
 
 
-def drawable(chapter: Chapter, rows: Sequence[Row]) -> list[Figure]:
-    """Figures of a chapter that have at least one number to draw."""
-    return [f for f in chapter.figures if any(series(rows, line.metric)[0] for line in (*f.lines, *f.stacked))]
+CHAPTERS = (LEARNING, CREDIT, UPDATE, SYSTEM)
 
 
-def series(rows: Sequence[Row], metric: str) -> tuple[list[int], list[float]]:
+def chapter_section(chapter: Chapter, rows: MetricRows, events: Sequence[int]) -> list[PageSection]:
+    """The chapter with those figures that have a number to draw; ``events`` are vertical lines."""
+    charts = [chart for figure in chapter.figures if (chart := _chart(figure, rows, events)).series]
+    intro = chapter.intro + (" Dotted vertical lines are failures and restarts." if events else "")
+    return [PageSection(id=chapter.id, title=chapter.title, intro=intro, charts=charts)] if charts else []
+
+
+def _chart(figure: Figure, rows: MetricRows, events: Sequence[int]) -> Chart:
+    drawn = [(line, True) for line in figure.stacked] + [(line, False) for line in figure.lines]
+    return Chart(
+        title=figure.title,
+        unit=figure.unit,
+        sentence=figure.sentence,
+        kind="lines",
+        series=[found for line, stacked in drawn if (found := _series(line, rows, stacked)).x],
+        x_title="step",
+        y_axis="log" if figure.log else "from zero",
+        events=events,
+        wide=figure.wide,
+    )
+
+
+def _series(line: Line, rows: MetricRows, stacked: bool) -> Series:
+    steps, values = series(rows, line.metric)
+    widths = dict(zip(*series(rows, line.band), strict=True)) if line.band else {}
+    points = [(step, value, widths.get(step, 0.0)) for step, value in zip(steps, values, strict=True)]
+    points = thinned(points)
+    return Series(
+        label=line.label,
+        x=[step for step, _, _ in points],
+        y=[value for _, value, _ in points],
+        low=[value - width for _, value, width in points] if widths else (),
+        high=[value + width for _, value, width in points] if widths else (),
+        stacked=stacked,
+    )
+
+
+def series(rows: MetricRows, metric: str) -> tuple[list[int], list[float]]:
     """Steps and values of a metric where it is a finite number."""
     points = [(int(row[STEP]), row[metric]) for row in rows if metric in row and math.isfinite(row[metric])]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def thinned(points: list[Any]) -> list[Any]:
+def thinned(points: list[T]) -> list[T]:
     """At most about `MAX_POINTS` of a list, evenly, the last always kept."""
     stride = math.ceil(len(points) / MAX_POINTS) if points else 1
     return points[::stride] + ([points[-1]] if (len(points) - 1) % stride else [])
-
-
-def chart(figure: Figure, rows: Sequence[Row]) -> dict[str, Any]:
-    """What the page's script needs to draw a figure: plain lists, labels of our own."""
-
-    def drawn(line: Line) -> dict[str, Any]:
-        steps, values = series(rows, line.metric)
-        widths = dict(zip(*series(rows, line.band), strict=True)) if line.band else {}
-        return {
-            "label": line.label,
-            "x": thinned(steps),
-            "y": thinned(values),
-            "band": thinned([widths.get(step, 0.0) for step in steps]) if widths else None,
-        }
-
-    return {
-        "unit": figure.unit,
-        "log": figure.log,
-        "title": figure.title,
-        "lines": [line for line in map(drawn, figure.lines) if line["x"]],
-        "stacked": [line for line in map(drawn, figure.stacked) if line["x"]],
-    }
-
-
-def sparkline(values: list[float], *, width: float = 120.0, height: float = 24.0) -> str:
-    """Points of an SVG polyline through the values, inside width x height with a margin of 2."""
-    values = thinned(values)
-    low, span = min(values), (max(values) - min(values)) or 1.0
-    across = max(len(values) - 1, 1)
-    return " ".join(
-        f"{2 + (width - 4) * i / across:.1f},{height - 2 - (height - 4) * (value - low) / span:.1f}"
-        for i, value in enumerate(values)
-    )

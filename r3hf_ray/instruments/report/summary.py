@@ -1,32 +1,18 @@
 """A run in a few numbers: the tiles and the sentence at the top of the report."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from r3hf_ray.instruments.report.figures import Row, series
+from r3hf_ray.instruments.pages.parts import Tile
+from r3hf_ray.instruments.report.figures import MetricRows, series
 from r3hf_ray.records.jsonl import TIME
 
 TELESCOPING_TOLERANCE = 1e-3
 INCIDENTS = ("restart", "failure", "quarantine", "quarantined", "warning")
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """One number at the top of the report.
-
-    Example: ``Tile("Gold reward, held-out", "0.80 → 4.10", "± 0.09 → ± 0.10", "good")``
-    """
-
-    label: str
-    value: str
-    note: str
-    tone: str = ""
-    """`good`, `bad` or empty."""
-
-
-def tiles(rows: Sequence[Row], events: Sequence[Mapping[str, Any]]) -> list[Tile]:
+def tiles(rows: MetricRows, events: Sequence[Mapping[str, Any]]) -> list[Tile]:
     """The run at a glance; a tile whose metric was not logged is left out."""
     found = [
         _before_after(rows, "eval/heldout/gold/mean", "Gold reward, held-out", sem="eval/heldout/gold/sem")
@@ -43,7 +29,7 @@ def tiles(rows: Sequence[Row], events: Sequence[Mapping[str, Any]]) -> list[Tile
     return [tile for tile in found if tile is not None]
 
 
-def verdict(rows: Sequence[Row]) -> str:
+def verdict(rows: MetricRows) -> str:
     """One sentence: what rose, from where to where, at what distance from the reference."""
     for metric, name in (
         ("eval/heldout/gold/mean", "held-out gold reward"),
@@ -70,7 +56,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
 
 
-def _before_after(rows: Sequence[Row], metric: str, label: str, *, sem: str = "") -> Tile | None:
+def _before_after(rows: MetricRows, metric: str, label: str, *, sem: str = "") -> Tile | None:
     _, values = series(rows, metric)
     if not values:
         return None
@@ -84,12 +70,12 @@ def _before_after(rows: Sequence[Row], metric: str, label: str, *, sem: str = ""
     return Tile(label, f"{values[0]:.2f} → {values[-1]:.2f}".replace("-", "−"), note, tone)
 
 
-def _kl(rows: Sequence[Row]) -> Tile | None:
+def _kl(rows: MetricRows) -> Tile | None:
     _, values = series(rows, "kl/ref/mean")
     return Tile("KL to the reference", f"{values[-1]:.1f} nats", "a response, last step") if values else None
 
 
-def _endings(rows: Sequence[Row]) -> Tile | None:
+def _endings(rows: MetricRows) -> Tile | None:
     _, ended = series(rows, "rollout/eos_frac")
     _, length = series(rows, "rollout/response_length/mean")
     if not ended:
@@ -98,7 +84,7 @@ def _endings(rows: Sequence[Row]) -> Tile | None:
     return Tile("Ended by the policy", f"{ended[-1]:.0%}", note)
 
 
-def _telescoping(rows: Sequence[Row]) -> Tile | None:
+def _telescoping(rows: MetricRows) -> Tile | None:
     _, errors = series(rows, "r3hf/telescoping_error/max")
     if not errors:
         return None
@@ -106,7 +92,7 @@ def _telescoping(rows: Sequence[Row]) -> Tile | None:
     return Tile("Token rewards sum to the score", f"{max(errors):.0e}", "largest relative error of the run", tone)
 
 
-def _weights(rows: Sequence[Row]) -> Tile | None:
+def _weights(rows: MetricRows) -> Tile | None:
     steps, mismatches = series(rows, "sync/mismatch")
     if not steps:
         return None
@@ -117,7 +103,7 @@ def _weights(rows: Sequence[Row]) -> Tile | None:
     return Tile("Weights proven in vLLM", f"{proven} of {len(steps)} syncs", note, tone)
 
 
-def _speed(rows: Sequence[Row], events: Sequence[Mapping[str, Any]]) -> Tile | None:
+def _speed(rows: MetricRows, events: Sequence[Mapping[str, Any]]) -> Tile | None:
     times = [float(item[TIME]) for item in (*rows, *events) if TIME in item]
     if not times:
         return None
@@ -127,13 +113,13 @@ def _speed(rows: Sequence[Row], events: Sequence[Mapping[str, Any]]) -> Tile | N
     return Tile("Wall clock", duration(max(times) - min(times)), ", ".join(notes) + (" (medians)" if notes else ""))
 
 
-def _incidents(rows: Sequence[Row], events: Sequence[Mapping[str, Any]]) -> Tile:
+def _incidents(rows: MetricRows, events: Sequence[Mapping[str, Any]]) -> Tile:
     kinds = [str(event.get("event")) for event in events]
     _, failed = series(rows, "rollout/failed")
     _, retried = series(rows, "rollout/retried")
     parts = [_count(kinds.count("failure"), "failure"), _count(kinds.count("warning"), "warning")]
-    parts += [f"{retried[-1]:.0f} samples retried"] if retried and retried[-1] else []
-    parts += [f"{failed[-1]:.0f} quarantined"] if failed and failed[-1] else []
+    parts += [f"{sum(retried):.0f} samples retried"] if any(retried) else []
+    parts += [f"{sum(failed):.0f} quarantined"] if any(failed) else []
     return Tile("Incidents", _count(kinds.count("restart"), "restart"), ", ".join(parts))
 
 

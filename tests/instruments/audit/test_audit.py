@@ -8,18 +8,18 @@ import pytest
 from r3hf_ray.errors import ModelError
 from r3hf_ray.instruments.audit.audit import Audit, audit_numbers, score_after
 from r3hf_ray.instruments.audit.verdict import ENOUGH_PAIRS, verdict
-from r3hf_ray.instruments.pages.intervals import Share, mean_interval, wilson, wins
+from r3hf_ray.instruments.pages.intervals import Estimate, mean_interval, share, share_above_zero
 
 
 def test_wilson_interval() -> None:
-    share = wilson(72.0, 100)
-    assert (share.value, share.count) == (0.72, 100)
+    found = share(72.0, 100)
+    assert (found.value, found.count) == (0.72, 100)
     # Newcombe (1998): 81 of 263 has the score interval 0.2553 to 0.3662.
-    known = wilson(81.0, 263)
+    known = share(81.0, 263)
     assert (known.low, known.high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
-    assert wilson(0.0, 10).low == 0.0 and wilson(10.0, 10).high == pytest.approx(1.0)
-    assert math.isnan(wilson(0.0, 0).value) and (wilson(0.0, 0).low, wilson(0.0, 0).high) == (0.0, 1.0)
-    assert wins([1.0, -1.0, 0.0, 0.0]).value == 0.5
+    assert share(0.0, 10).low == 0.0 and share(10.0, 10).high == pytest.approx(1.0)
+    assert math.isnan(share(0.0, 0).value) and (share(0.0, 0).low, share(0.0, 0).high) == (0.0, 1.0)
+    assert share_above_zero([1.0, -1.0, 0.0, 0.0]).value == 0.5
 
 
 def test_mean_interval_leaves_unknown_values_out() -> None:
@@ -85,13 +85,13 @@ def good(scored: Callable) -> Audit:
     return audit_numbers(pairs)
 
 
-def share(value: float, count: int = 400) -> Share:
-    return wilson(value * count, count)
+def agreeing(value: float, count: int = 400) -> Estimate:
+    return share(value * count, count)
 
 
 def at_half(audit: Audit, value: float) -> Audit:
     places = list(audit.places)
-    places[5] = replace(places[5], agrees=share(value))
+    places[5] = replace(places[5], agrees=agreeing(value))
     return replace(audit, places=tuple(places))
 
 
@@ -105,7 +105,7 @@ def test_verdict_likely(good: Audit) -> None:
 
 
 def test_verdict_weak_says_why(good: Audit) -> None:
-    even = at_half(replace(good, accuracy=share(0.75)), 0.75)
+    even = at_half(replace(good, accuracy=agreeing(0.75)), 0.75)
     assert verdict(at_half(even, 0.62)).signal == "weak"
     assert "48% of its final lead" in verdict(at_half(even, 0.62)).sentence
     for doubtful, words in (
@@ -119,7 +119,7 @@ def test_verdict_weak_says_why(good: Audit) -> None:
 
 
 def test_verdict_without_early_signal(good: Audit) -> None:
-    found = verdict(at_half(replace(good, accuracy=share(0.75)), 0.54))
+    found = verdict(at_half(replace(good, accuracy=agreeing(0.75)), 0.54))
     assert (found.signal, found.mode, found.critic_init, found.gae_lambda) == (
         "unlikely",
         "terminal",
@@ -129,15 +129,15 @@ def test_verdict_without_early_signal(good: Audit) -> None:
 
 
 def test_verdict_on_a_model_that_does_not_rank(good: Audit) -> None:
-    assert verdict(replace(good, accuracy=share(0.52))).signal == "none"
-    few = replace(good, accuracy=share(0.6, 30), pairs=30)
+    assert verdict(replace(good, accuracy=agreeing(0.52))).signal == "none"
+    few = replace(good, accuracy=agreeing(0.6, 30), pairs=30)
     assert verdict(few).signal == "unknown" and "too few" in verdict(few).sentence
     assert verdict(replace(few, pairs=ENOUGH_PAIRS)).signal == "none"
 
 
 def test_notes(good: Audit) -> None:
     assert verdict(replace(good, prompt_offset=0.4)).notes == verdict(good).notes
-    length = replace(good.length, longer_preferred=share(0.7), longer_chosen=share(0.5))
+    length = replace(good.length, longer_preferred=agreeing(0.7), longer_chosen=agreeing(0.5))
     notes = verdict(replace(good, prompt_offset=1.1, length=length)).notes
     assert any("subtract_prompt_score" in note for note in notes)
     assert any("70% of the pairs, people in 50%" in note for note in notes)

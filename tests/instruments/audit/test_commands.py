@@ -51,7 +51,7 @@ def test_credit_on_marked_answers(
     page = read_page(tmp_path / "out/credit.html")
     assert len(page.scripts) == 3 and not any("gotcha" in script for script in page.scripts[1:])
     assert not any(tag == "img" or name.startswith("on") for tag, attributes in page.tags for name in attributes)
-    assert page.data["cards"][0]["prompt"] == ATTACK and ATTACK in page.data["cards"][0]["texts"][0]["tags"]
+    assert page.data["answers"][0]["prompt"] == ATTACK and ATTACK in page.data["answers"][0]["texts"][0]["tags"]
     assert any(ATTACK in text for text in page.texts)  # the kind of error, in a table
     policy = next(a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'") and policy.count("'sha256-") == 2
@@ -61,14 +61,14 @@ def test_a_card_has_one_value_a_token(read_page: ReadPage, byte_model: Path, tmp
     (tmp_path / "marked.jsonl").write_text("".join(json.dumps(marked_row(f"Ann won {i}.")) + "\n" for i in range(3)))
     arguments = ["credit", "--benchmark", str(tmp_path / "marked.jsonl"), "--reward-model", str(byte_model)]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
-    for card in read_page(tmp_path / "out/credit.html").data["cards"]:
+    for card in read_page(tmp_path / "out/credit.html").data["answers"]:
         (text,) = card["texts"]
         count = len(text["text"])
         assert "".join(text["text"]).endswith("<|im_end|>")
         assert count == len(text["id"]) == len(text["curve"]) == len(text["marks"]) == len(text["words"])
         assert text["marks"][:4] == [-1, -1, -1, 0] and text["tags"] == [ATTACK, *[""] * (count - 1)]
-        assert [panel["values"] is None for panel in card["panels"]].count(True) == 1
-        assert all(len(panel["values"]) == count for panel in card["panels"] if panel["values"] is not None)
+        assert [panel["values"] is None for panel in card["rows"]].count(True) == 1
+        assert all(len(panel["values"]) == count for panel in card["rows"] if panel["values"] is not None)
 
 
 def test_credit_on_the_toy(
@@ -80,7 +80,7 @@ def test_credit_on_the_toy(
     said = capsys.readouterr().out
     assert "missed: phrase AUC of r3hf is" in said and "met: phrase AUC of the oracle is 1.000" in said
     page = read_page(tmp_path / "out/credit.html")
-    titles = [panel["title"] for panel in page.data["cards"][0]["panels"]]
+    titles = [panel["title"] for panel in page.data["answers"][0]["rows"]]
     assert titles[:2] == ["known credit", "r3hf"] and len(set(titles)) == len(titles)
     assert any("bars missed" in text for text in page.texts)
 
@@ -207,8 +207,8 @@ def test_audit_of_pairs_and_of_rankings(
         assert numbers["verdict"]["sentence"] in capsys.readouterr().out.replace("\n", " ")
         results.append(numbers["audit"]["accuracy"])
         page = read_page(tmp_path / name / "audit.html")
-        assert len(page.data["charts"]) == 5 and len(page.data["cards"]) == 8
-        assert [len(card["texts"]) for card in page.data["cards"]] == [2] * 8
+        assert len(page.data["charts"]) == 5 and len(page.data["answers"]) == 8
+        assert [len(card["texts"]) for card in page.data["answers"]] == [2] * 8
     assert results[0] == results[1]  # a ranking gives its first preference
 
 

@@ -18,7 +18,7 @@ from r3hf_ray.instruments.credit.toy_credit import (
     toy_rows,
     with_controls,
 )
-from r3hf_ray.instruments.pages.intervals import Mean
+from r3hf_ray.instruments.pages.intervals import Estimate
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def bars_of(count: int, **areas: float) -> list[tuple[str, bool | None]]:
     """The bars of methods with these phrase areas, known to 0.05 either way, as (first words, holds)."""
     rows = []
     for method, area in ({"r3hf": 0.7, "oracle": 1.0, "uniform": 0.5, "terminal": 0.5} | areas).items():
-        mean = Mean(area, area - 0.05, area + 0.05, count)
+        mean = Estimate(area, area - 0.05, area + 0.05, count)
         rows.append(
             ToyRow(
                 method=method,

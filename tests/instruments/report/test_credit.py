@@ -8,7 +8,8 @@ import torch
 
 from r3hf_ray.algorithms.redistribution import PrefixScores, redistribute
 from r3hf_ray.algorithms.scaling import normalize, normalize_shares
-from r3hf_ray.instruments.report.credit import Payment, credit_cards, paid_by_method, payment_of
+from r3hf_ray.instruments.pages.coloured_answers import ColouredAnswer
+from r3hf_ray.instruments.report.credit import Payment, coloured_answers, paid_by_method, payment_of
 from r3hf_ray.records.samples import write_samples
 
 TEXTS = ("Stir", " well", ".", " Eat", "<eos>")
@@ -31,13 +32,13 @@ def response(prompt_id: int = 4, prefix: tuple[float, ...] = PREFIX, **columns: 
     ]  # fmt: skip
 
 
-def cards_of(folder: Path, rows: list[dict[str, Any]], payment: Payment = PAYMENT) -> list[dict[str, Any]]:
+def answers_of(folder: Path, rows: list[dict[str, Any]], payment: Payment = PAYMENT) -> list[ColouredAnswer]:
     write_samples(folder, 1, rows)
-    return credit_cards(folder, payment)
+    return coloured_answers(folder, payment)
 
 
-def titles(card: dict[str, Any]) -> list[str]:
-    return [row["title"] for row in card["panels"]]
+def titles(answer: ColouredAnswer) -> list[str]:
+    return [row.title for row in answer.rows]
 
 
 def test_every_method_sums_to_what_it_promises(tmp_path: Path) -> None:
@@ -45,10 +46,10 @@ def test_every_method_sums_to_what_it_promises(tmp_path: Path) -> None:
     expected = {"terminal": score, "r3hf": gain, "uniform": score, "segment": gain}
     paid = paid_by_method(response(), PAYMENT)
     assert {name: credit.sum() for name, credit in paid.items()} == pytest.approx(expected, abs=1e-12)
-    (card,) = cards_of(tmp_path, response(), Payment(mode="abc", mean=0.5, std=2.0))
-    shown = {row["title"]: row["total"] for row in card["panels"] if not row["own"]}
+    (answer,) = answers_of(tmp_path, response(), Payment(mode="abc", mean=0.5, std=2.0))
+    shown = {row.title: row.total for row in answer.rows if not row.own}
     assert shown == pytest.approx(expected, rel=1e-3)
-    assert [sum(row["values"]) for row in card["panels"]] == pytest.approx([row["total"] for row in card["panels"]])
+    assert [sum(row.values) for row in answer.rows] == pytest.approx([row.total for row in answer.rows])
 
 
 def test_each_method_pays_where_it_says() -> None:
@@ -73,52 +74,52 @@ def test_a_plain_method_is_what_the_learner_pays(mode: str) -> None:
 
 
 def test_the_run_s_own_row_is_what_it_paid(tmp_path: Path) -> None:
-    (card,) = cards_of(tmp_path, response())
-    assert titles(card) == ["r3hf", "segment", "uniform", "terminal"]
-    assert [row["own"] for row in card["panels"]] == [True, False, False, False]
-    assert card["panels"][0]["values"] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
-    assert len({row["scale"] for row in card["panels"]}) == 1
+    (answer,) = answers_of(tmp_path, response())
+    assert titles(answer) == ["r3hf", "segment", "uniform", "terminal"]
+    assert [row.own for row in answer.rows] == [True, False, False, False]
+    assert answer.rows[0].values == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    assert len({row.scale for row in answer.rows}) == 1
 
 
 @pytest.mark.parametrize(("mode", "title"), [("abc", "abc"), ("my.module:bonus", "bonus")])
 def test_a_method_that_cannot_be_recomputed_has_the_run_s_rewards(tmp_path: Path, mode: str, title: str) -> None:
-    (card,) = cards_of(tmp_path, response(), Payment(mode=mode))
-    assert titles(card) == [title, "r3hf", "segment", "uniform", "terminal"]
-    assert card["panels"][0]["own"] and mode.partition(":")[0] in card["panels"][0]["note"] + mode
+    (answer,) = answers_of(tmp_path, response(), Payment(mode=mode))
+    assert titles(answer) == [title, "r3hf", "segment", "uniform", "terminal"]
+    assert answer.rows[0].own and mode.partition(":")[0] in answer.rows[0].note + mode
 
 
 def test_several_models_are_shown_with_their_parts(tmp_path: Path) -> None:
     rows = response(**{"reward/reward": 0.3, "reward/cost": -0.1})
-    (card,) = cards_of(tmp_path, rows, Payment(mode="r3hf", several=True))
-    assert titles(card) == ["all models", "reward/reward", "reward/cost", "r3hf", "segment", "uniform", "terminal"]
-    assert card["panels"][2]["values"] == [-0.1] * 5
+    (answer,) = answers_of(tmp_path, rows, Payment(mode="r3hf", several=True))
+    assert titles(answer) == ["all models", "reward/reward", "reward/cost", "r3hf", "segment", "uniform", "terminal"]
+    assert answer.rows[2].values == [-0.1] * 5
 
 
 def test_known_credit_is_underlined_and_has_a_row(tmp_path: Path) -> None:
-    (card,) = cards_of(tmp_path, response(gold_credit=[1.0, 0.0, -0.5, 0.0, 0.0]))
-    (text,) = card["texts"]
-    assert text["marks"] == [1, 0, -1, 0, 0] and card["panels"][0]["values"] == [1.0, 0.0, -0.5, 0.0, 0.0]
-    assert titles(card)[0] == "known credit" and card["panels"][0]["total"] == 0.5
-    assert not card["panels"][0]["own"] and card["panels"][1]["own"]
+    (answer,) = answers_of(tmp_path, response(gold_credit=[1.0, 0.0, -0.5, 0.0, 0.0]))
+    (text,) = answer.texts
+    assert text.marks == [1, 0, -1, 0, 0] and answer.rows[0].values == [1.0, 0.0, -0.5, 0.0, 0.0]
+    assert titles(answer)[0] == "known credit" and answer.rows[0].total == 0.5
+    assert not answer.rows[0].own and answer.rows[1].own
 
 
 def test_without_known_credit_nothing_is_underlined(tmp_path: Path) -> None:
-    (card,) = cards_of(tmp_path, response())
-    assert "known credit" not in titles(card) and card["texts"][0]["marks"] == [0] * 5
+    (answer,) = answers_of(tmp_path, response())
+    assert "known credit" not in titles(answer) and answer.texts[0].marks == [0] * 5
 
 
 def test_the_curve_starts_at_the_prompt_and_ends_at_the_score(tmp_path: Path) -> None:
-    (card,) = cards_of(tmp_path, response())
-    (text,) = card["texts"]
-    assert text["start"] == -0.5 and text["curve"] == [-0.125, 0.25, 0.0, 0.125, 0.75]
-    assert card["facts"][0] == ["score", "+0.75"]
+    (answer,) = answers_of(tmp_path, response())
+    (text,) = answer.texts
+    assert text.start == -0.5 and text.curve == [-0.125, 0.25, 0.0, 0.125, 0.75]
+    assert answer.facts[0] == ("score", "+0.75")
 
 
 def test_best_and_worst_of_the_last_and_the_first_dump(tmp_path: Path) -> None:
     for step in (1, 5, 10):
         rows = [row for k in range(3) for row in response(k, (*PREFIX[:-1], float(k)))]
         write_samples(tmp_path, step, rows)
-    labels = [card["label"] for card in credit_cards(tmp_path, PAYMENT)]
+    labels = [answer.label for answer in coloured_answers(tmp_path, PAYMENT)]
     assert labels == [
         "Step 10, best score of 3",
         "Step 10, worst score of 3",
@@ -130,7 +131,7 @@ def test_best_and_worst_of_the_last_and_the_first_dump(tmp_path: Path) -> None:
 def test_a_dump_without_the_prompt_s_score_has_no_cards(tmp_path: Path) -> None:
     path = write_samples(tmp_path, 1, response())
     pq.write_table(pq.read_table(path).drop_columns(["prompt_score", "gold_credit"]), path)
-    assert credit_cards(tmp_path, PAYMENT) == []
+    assert coloured_answers(tmp_path, PAYMENT) == []
 
 
 def test_the_unit_is_the_main_model_s_calibration() -> None:

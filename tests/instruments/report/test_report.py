@@ -9,8 +9,10 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from r3hf_ray.errors import ConfigError
-from r3hf_ray.instruments.report.figures import CREDIT, LEARNING, MAX_POINTS, SYSTEM, UPDATE, series, sparkline, thinned
-from r3hf_ray.instruments.report.report import MAX_DUMPS, write_report
+from r3hf_ray.instruments.pages.writing import sparkline
+from r3hf_ray.instruments.report.figures import CHAPTERS, MAX_POINTS, series, thinned
+from r3hf_ray.instruments.report.report import write_report
+from r3hf_ray.instruments.report.sampled import MAX_DUMPS
 from r3hf_ray.instruments.report.summary import duration, tiles, verdict
 from r3hf_ray.records.jsonl import JsonlLog
 from r3hf_ray.records.metrics import METRICS, read_metrics
@@ -37,7 +39,7 @@ def test_untrusted_text_stays_text(page_of, tmp_path, make_run):
     page = page_of(folder)
     assert len(page.scripts) == 3 and not any("gotcha" in script for script in page.scripts[1:])
     assert not any(tag == "img" or name.startswith("on") for tag, attributes in page.tags for name in attributes)
-    assert page.data["dumps"][0]["responses"][0]["text"][0] == ATTACK
+    assert page.data["responses"][0]["responses"][0]["text"][0] == ATTACK
     assert sum(ATTACK in text for text in page.texts) >= 3
 
 
@@ -69,17 +71,19 @@ def test_every_metric_is_in_the_table_and_every_curve_has_all_its_numbers(page_o
     folder = make_run(tmp_path / "toy")
     page, rows = page_of(folder), read_metrics(folder)
     assert set(METRICS) <= set(page.texts)
-    figures = [figure for chapter in (LEARNING, CREDIT, UPDATE, SYSTEM) for figure in chapter.figures]
+    figures = [figure for chapter in CHAPTERS for figure in chapter.figures]
     charts = page.data["charts"]
     assert [chart["title"] for chart in charts] == [figure.title for figure in figures]
     assert len([tag for tag, a in page.tags if a.get("class") == "plot"]) == len(charts)
     for figure, chart in zip(figures, charts, strict=True):
-        drawn = [(line["x"], line["y"]) for line in chart["lines"] + chart["stacked"]]
-        assert drawn == [series(rows, line.metric) for line in (*figure.lines, *figure.stacked)]
+        for line, drawn in zip((*figure.stacked, *figure.lines), chart["series"], strict=True):
+            steps, values = series(rows, line.metric)
+            assert (drawn["label"], drawn["x"], drawn["y"]) == (line.label, steps, pytest.approx(values, rel=1e-4))
+            assert bool(drawn["low"]) is bool(drawn["high"]) is bool(line.band)
 
 
 def test_figures_name_metrics_that_exist():
-    lines = [line for c in (LEARNING, CREDIT, UPDATE, SYSTEM) for f in c.figures for line in (*f.lines, *f.stacked)]
+    lines = [line for c in CHAPTERS for f in c.figures for line in (*f.lines, *f.stacked)]
     assert {line.metric for line in lines} | {line.band for line in lines if line.band} <= set(METRICS)
 
 
@@ -92,8 +96,8 @@ def test_versions_settings_and_events_are_told_and_secrets_are_not(page_of, tmp_
 
 def test_responses_carry_the_numbers_of_the_samples(page_of, tmp_path, make_run):
     data = page_of(make_run(tmp_path / "toy")).data
-    assert [dump["step"] for dump in data["dumps"]] == [2, 6]
-    response = data["dumps"][1]["responses"][0]
+    assert [dump["step"] for dump in data["responses"]] == [2, 6]
+    response = data["responses"][1]["responses"][0]
     assert response["text"] == ["Stir", " well", "\n", "<eos>"]
     assert response["reward"] == [0.25, -0.5, 0.75, -1.0] and response["total"] == -0.5
     assert response["gold"] is None and response["value"] == [0.5] * 4
@@ -101,10 +105,10 @@ def test_responses_carry_the_numbers_of_the_samples(page_of, tmp_path, make_run)
 
 def test_every_method_has_a_row_for_the_chosen_responses(page_of, tmp_path, make_run):
     page = page_of(make_run(tmp_path / "toy"))
-    cards = page.data["cards"]
+    cards = page.data["answers"]
     assert [card["label"].split(",")[0] for card in cards] == ["Step 6", "Step 6", "Step 2", "Step 2"]
     for card in cards:
-        assert [row["title"] for row in card["panels"]] == ["r3hf", "segment", "uniform", "terminal"]
+        assert [row["title"] for row in card["rows"]] == ["r3hf", "segment", "uniform", "terminal"]
         assert card["texts"][0]["text"] == ["Stir", " well", "\n", "<eos>"]
     assert {"r3hf", "segment", "uniform", "terminal"} <= set(page.texts)  # and what each does, without the script
     assert not any("Underlines are the truth" in text for text in page.texts)
@@ -114,7 +118,7 @@ def test_the_truth_is_explained_where_it_is_known(page_of, tmp_path, make_run, t
     folder = make_run(tmp_path / "toy")
     write_samples(folder, 6, [row | {"gold_credit": 1.0 - row["position"]} for row in token_rows(6)])
     page = page_of(folder)
-    assert page.data["cards"][0]["texts"][0]["marks"] == [1, 0, -1, -1]
+    assert page.data["answers"][0]["texts"][0]["marks"] == [1, 0, -1, -1]
     assert any("Underlines are the truth" in text for text in page.texts)
     assert [a["class"] for tag, a in page.tags if tag == "span" and "-mark" in a.get("class", "")] == [
         "tok plus-mark",
@@ -162,8 +166,8 @@ def test_dumps_of_an_older_version_have_a_report_without_methods(page_of, tmp_pa
     for path in (folder / "samples").glob("*.parquet"):
         pq.write_table(pq.read_table(path).drop_columns(["prompt_score", "gold_credit"]), path)
     page = page_of(folder)
-    assert page.data["cards"] == [] and not any(a.get("id") == "cards" for _, a in page.tags)
-    assert len(page.data["dumps"]) == 2
+    assert page.data["answers"] == [] and not any(a.get("id") == "answers" for _, a in page.tags)
+    assert len(page.data["responses"]) == 2
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -173,7 +177,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page in")
 def test_a_browser_draws_every_row_of_every_card(page_of, tmp_path, make_run):
     folder = make_run(tmp_path / "toy", texts=(ATTACK, " b", "\n", " c", "<eos>"))
-    cards = page_of(folder).data["cards"]
+    cards = page_of(folder).data["answers"]
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--window-size=1300,900"]
     drawn = subprocess.run(
         [CHROMIUM, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{folder}/report.html"],
@@ -182,8 +186,8 @@ def test_a_browser_draws_every_row_of_every_card(page_of, tmp_path, make_run):
         timeout=120,
         check=True,
     ).stdout
-    body = drawn[drawn.index('<div id="cards"') : drawn.index('<div id="tip"')]
-    lines = [len(card["panels"]) * len(card["texts"][0]["text"]) for card in cards]
+    body = drawn[drawn.index('<div id="answers"') : drawn.index('<div id="tip"')]
+    lines = [len(card["rows"]) * len(card["texts"][0]["text"]) for card in cards]
     assert body.count('class="tok') == sum(lines)
     assert body.count('class="own"') >= len(cards) and body.count("<polyline") >= len(cards)
     assert "<img" not in body and "&lt;img src=x onerror=alert(1)&gt;" in body
@@ -193,7 +197,7 @@ def test_a_browser_draws_every_row_of_every_card(page_of, tmp_path, make_run):
 def test_first_and_last_dump_are_always_among_those_shown(page_of, tmp_path, token_rows):
     for step in range(5, 105, 5):
         write_samples(tmp_path, step, token_rows(step))
-    steps = [dump["step"] for dump in page_of(tmp_path).data["dumps"]]
+    steps = [dump["step"] for dump in page_of(tmp_path).data["responses"]]
     assert len(steps) == MAX_DUMPS and steps[0] == 5 and steps[-1] == 100
 
 
@@ -203,7 +207,7 @@ def test_an_empty_folder_has_a_report(page_of, tmp_path):
 
 def test_a_restart_is_marked_at_its_step(page_of, tmp_path, make_run):
     data = page_of(make_run(tmp_path / "toy", name_of_event="restart")).data
-    assert data["marks"] == [{"x": 3, "label": "restart"}]
+    assert data["charts"] and all(chart["events"] == [3] for chart in data["charts"])
 
 
 @pytest.mark.slow
@@ -216,7 +220,7 @@ def test_a_long_run_with_long_responses_takes_less_than_10_seconds(page_of, tmp_
     start = time.process_time()  # CPU time: the machine may be busy
     page = page_of(tmp_path)
     assert time.process_time() - start < 10
-    assert max(len(line["x"]) for chart in page.data["charts"] for line in chart["lines"]) <= MAX_POINTS + 1
+    assert max(len(line["x"]) for chart in page.data["charts"] for line in chart["series"]) <= MAX_POINTS + 1
 
 
 def test_thinning_keeps_first_and_last():
@@ -226,7 +230,7 @@ def test_thinning_keeps_first_and_last():
 
 
 def test_sparkline_spans_its_box():
-    assert sparkline([1.0, 3.0], width=14.0, height=10.0) == "2.0,8.0 12.0,2.0"
+    assert sparkline([1.0, 3.0, 2.0]) == "2.0,22.0 60.0,2.0 118.0,12.0" and sparkline([5.0]) == "2.0,22.0"
 
 
 def test_verdict_and_tiles_tell_a_fall():

@@ -1,61 +1,88 @@
-// The charts of the pages of audit, credit and compare; what they share with a run's report is in drawing.js.
-const inkOf = (series, i) => colour(series.quiet ? "--c6" : `--c${i % 6}`);
-const has = (y) => y !== null && y !== undefined;
+"use strict";
+// What every part of a page uses: text, colours, tokens, the note beside the pointer.
+// Text from models is untrusted: it enters the page through textContent only, never as HTML.
+const data = JSON.parse(document.getElementById("data").textContent);
+const root = document.documentElement;
+const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 
-function lineTraces(series, i) {
-  const hex = inkOf(series, i), band = series.low ? [{
-    x: [...series.x, ...series.x.slice().reverse()], y: [...series.high, ...series.low.slice().reverse()], fill: "toself",
-    fillcolor: faded(hex, 0.15), line: { width: 0 }, mode: "lines", hoverinfo: "skip", showlegend: false,
-  }] : [];
-  return [...band, {
-    x: series.x, y: series.y, name: series.label, mode: "lines+markers", line: { color: hex, width: 2, dash: series.quiet ? "dot" : "solid" },
-    marker: { size: 6 }, hovertemplate: "%{y:.3f}",
-  }];
+function element(tag, className, text) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  return node;
 }
 
-function dotTraces(series, i) {
-  const hex = inkOf(series, i), known = series.low && series.low.some(has);
-  return [{
-    x: series.y, y: series.x, name: series.label, mode: "markers", type: "scatter",
-    marker: { color: series.marks ? series.marks.map((quiet) => (quiet ? colour("--c6") : hex)) : hex, size: 9, symbol: i ? "diamond-open" : "circle", line: { width: 2 } },
-    error_x: known ? { type: "data", symmetric: false, array: series.high.map((h, k) => h - series.y[k]), arrayminus: series.low.map((l, k) => series.y[k] - l), color: colour("--quiet"), thickness: 1.2, width: 4 } : undefined,
-    hovertemplate: "%{y}: %{x:.3f}<extra>" + series.label + "</extra>",
-  }];
+function svg(tag, attributes) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  return node;
 }
 
-const TRACES = {
-  lines: lineTraces,
-  dots: dotTraces,
-  bars: (series, i) => [{ type: "bar", x: series.x, y: series.y, name: series.label, marker: { color: series.marks ? series.marks.map((m) => (m ? colour("--c1") : inkOf(series, i))) : inkOf(series, i) }, hovertemplate: "%{y:.3f}" }],
-  scatter: (series, i) => [{ type: "scatter", mode: "markers", x: series.x, y: series.y, name: series.label, marker: { color: faded(inkOf(series, i), 0.55), size: 6 }, hovertemplate: "%{x} tokens, %{y:.2f}" }],
-};
-
-function layout(chart) {
-  const axis = { gridcolor: colour("--rule"), linecolor: colour("--rule"), zerolinecolor: colour("--rule"), automargin: true, nticks: 7 };
-  const many = chart.series.length > 1, dots = chart.kind === "dots";
-  const across = chart.series.flatMap((s) => [...s.y, ...(s.low || []), ...(s.high || [])]).concat([chart.reference]).filter(has);
-  const low = Math.min(...across), high = Math.max(...across), pad = 0.06 * (high - low) || 0.1;
-  const title = (text) => ({ text, standoff: 6, font: { size: 11.5 } });
-  const line = { type: "line", line: { color: colour("--quiet"), width: 1.2, dash: "dash" } };
-  const reference = !has(chart.reference) ? [] : dots
-    ? [{ ...line, x0: chart.reference, x1: chart.reference, yref: "paper", y0: 0, y1: 1 }]
-    : [{ ...line, y0: chart.reference, y1: chart.reference, xref: "paper", x0: 0, x1: 1 }];
-  return {
-    margin: { l: 46, r: 12, t: many ? 30 : 8, b: 38 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { family: getComputedStyle(document.body).fontFamily, size: 11.5, color: colour("--quiet") },
-    xaxis: { ...axis, title: title(dots ? chart.y_title : chart.x_title), showgrid: dots, zeroline: false, tickformat: chart.percent ? ".0%" : undefined, ...(dots ? { range: [low - pad, high + pad] } : {}) },
-    yaxis: { ...axis, ...(dots ? { autorange: "reversed", nticks: undefined, showgrid: true, type: "category" } : { title: title(chart.y_title)}) },
-    hovermode: dots || chart.kind === "scatter" ? "closest" : "x unified", showlegend: many, shapes: reference, bargap: 0.12,
-    hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--rule"), font: { color: colour("--ink") } },
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", itemsizing: "constant", traceorder: "normal" },
-  };
+function show(number, digits = 3) {
+  if (number === null || number === undefined) return "–";
+  return (number < 0 ? "−" : "") + Math.abs(number).toFixed(digits);
 }
 
-function drawCharts() {
-  data.charts.forEach((chart, i) => Plotly.react(`chart-${i}`, chart.series.flatMap((s, k) => TRACES[chart.kind](s, k)), layout(chart), { responsive: true, displayModeBar: false }));
+const signed = (number, digits = 2) => (number > 0 ? "+" : "") + show(number, digits);
+
+function fact(label, value, className) {
+  const node = element("span", className, `${label} `);
+  node.append(element("b", "", value));
+  return node;
 }
 
-startPage(() => {
-  drawCharts();
-  drawCards();
-});
+function faded(hex, alpha) {
+  const [r, g, b] = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+  return `rgba(${r},${g},${b},${alpha})`;
+}
+
+// ---- tokens ----
+function background(number, scale) {
+  const size = Math.min(1, Math.abs(number) / scale);
+  if (size < 1e-3) return "";
+  const alpha = 0.05 + 0.67 * size ** 0.8; // a little is not nothing
+  return `rgba(${colour(number > 0 ? "--earned" : "--lost")}, ${alpha.toFixed(3)})`;
+}
+
+function visible(text, id) {
+  // What a reader must see of a token: line ends, lone spaces, control characters, and tokens that decode to nothing.
+  if (text === "") return [["mark", `⟨${id}⟩`]];
+  if (/^ +$/.test(text)) return [["mark", "·".repeat(text.length)]];
+  return text.split(/(\r\n|[\u0000-\u001f\u007f]|\ufffd)/).filter((part) => part !== "").map((part) => {
+    if (part === "\n" || part === "\r\n" || part === "\r") return ["mark", "⏎\n"];
+    if (part === "\t") return ["mark", "⇥\t"];
+    if (part === "\ufffd") return ["mark", "▯"];
+    if (part.charCodeAt(0) < 32) return ["mark", String.fromCharCode(0x2400 + part.charCodeAt(0))];
+    return ["", part === "\u007f" ? "␡" : part];
+  });
+}
+
+const areWords = (pieces) => !pieces.some((piece) => /\s/.test(piece));
+const inQuotes = (piece, id) => `“${visible(piece, id).map(([, part]) => part.trimEnd()).join("")}”`;
+
+function tokenNode(piece, id, at, number, scale) {
+  const node = element("span", "tok");
+  for (const [className, part] of visible(piece, id)) node.append(className ? element("span", className, part) : part);
+  node.style.background = background(number, scale);
+  node.dataset.at = at;
+  return node;
+}
+
+// ---- the note beside the pointer ----
+function pointOut(event, title, lines) {
+  const tip = document.getElementById("tip"), table = element("table");
+  for (const [name, value] of lines) {
+    const line = element("tr");
+    line.append(element("td", "", name), element("td", "", value));
+    table.append(line);
+  }
+  tip.replaceChildren(element("div", "what", title), table);
+  tip.hidden = false;
+  const area = tip.getBoundingClientRect();
+  tip.style.left = `${Math.max(8, Math.min(event.clientX + 14, innerWidth - area.width - 8))}px`;
+  tip.style.top = `${event.clientY + 22 + area.height > innerHeight ? event.clientY - area.height - 14 : event.clientY + 22}px`;
+}
+
+function hideTip() {
+  document.getElementById("tip").hidden = true;
+}

@@ -1,72 +1,14 @@
-// The curves of a run and its sampled responses; what they share with other pages is in drawing.js.
-
-// ---- curves ----
-function bandTrace(line, hex) {
-  const up = line.y.map((y, i) => y + line.band[i]);
-  const down = line.y.map((y, i) => y - line.band[i]);
-  return {
-    x: [...line.x, ...line.x.slice().reverse()], y: [...up, ...down.reverse()], fill: "toself", fillcolor: faded(hex, 0.16),
-    line: { width: 0 }, mode: "lines", hoverinfo: "skip", showlegend: false,
-  };
-}
-
-function traces(chart) {
-  const hexes = [0, 1, 2, 3, 4, 5, 6].map((i) => colour(`--c${i}`));
-  const bars = chart.stacked.map((line, i) => ({
-    type: "bar", x: line.x, y: line.y, name: line.label, marker: { color: hexes[i % 7], line: { width: 0 } }, hovertemplate: "%{y:.3~g}",
-  }));
-  const onBars = bars.length > 0;
-  const lines = chart.lines.flatMap((line, i) => {
-    const hex = onBars ? [colour("--ink"), colour("--quiet")][i % 2] : hexes[i % 7];
-    const trace = {
-      x: line.x, y: line.y, name: line.label, mode: line.x.length < 16 ? "lines+markers" : "lines",
-      line: { color: hex, width: 2, dash: onBars && i ? "dot" : "solid" }, marker: { size: 6 }, hovertemplate: "%{y:.4~g}",
-    };
-    return line.band ? [bandTrace(line, hex), trace] : [trace];
-  });
-  return [...bars, ...lines];
-}
-
-function vertical(chart) {
-  const values = [...chart.lines, ...chart.stacked].flatMap((line) => line.y);
-  if (!chart.log) return values.every((y) => y === 0) ? { range: [-0.04, 1] } : { rangemode: "tozero" };
-  const decades = values.filter((y) => y > 0).map(Math.log10);
-  const range = decades.length ? [Math.floor(Math.min(...decades)) - 0.1, Math.ceil(Math.max(...decades)) + 0.1] : [-8, 0];
-  return { type: "log", exponentformat: "power", dtick: Math.ceil((range[1] - range[0]) / 6), range };
-}
-
-function layout(chart) {
-  const axis = { gridcolor: colour("--rule"), linecolor: colour("--rule"), zerolinecolor: colour("--rule"), automargin: true, nticks: 6 };
-  const many = chart.lines.length + chart.stacked.length > 1;
-  return {
-    margin: { l: 44, r: 8, t: many ? 30 : 8, b: 36 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { family: getComputedStyle(document.body).fontFamily, size: 11.5, color: colour("--quiet") },
-    xaxis: { ...axis, title: { text: "step", standoff: 4, font: { size: 11.5 } }, showgrid: false, zeroline: false },
-    yaxis: { ...axis, ...vertical(chart) },
-    barmode: "stack", bargap: 0.15, hovermode: "x unified", showlegend: many,
-    hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--rule"), font: { color: colour("--ink") } },
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", itemsizing: "constant", traceorder: "normal" },
-    shapes: data.marks.map((mark) => ({ type: "line", x0: mark.x, x1: mark.x, yref: "paper", y0: 0, y1: 1, line: { color: colour("--warn"), width: 1, dash: "dot" } })),
-  };
-}
-
-function drawCharts() {
-  data.charts.forEach((chart, i) => Plotly.react(`chart-${i}`, traces(chart), layout(chart), {
-    responsive: true, displayModeBar: false,
-  }));
-}
-
-// ---- coloured responses ----
+// ---- sampled responses of some steps, side by side, coloured by any number of a token ----
 const FIELDS = { reward: "reward", value: "value", advantage: "advantage", kl: "KL (nats)", prefix_score: "prefix score", logprob: "logprob" };
 const EXPLAIN = {
   reward: "what the token earned, in scaled reward", advantage: "how much better than expected the token turned out",
   value: "what the critic expected before the token", kl: "how much likelier the policy made the token than the reference did, in nats",
   prefix_score: "the reward model's score of everything up to the token",
 };
-const state = { field: "reward", order: "extremes", steps: data.dumps.length > 1 ? [0, data.dumps.length - 1] : [0] };
+const state = { field: "reward", order: "extremes", steps: data.responses.length > 1 ? [0, data.responses.length - 1] : [0] };
 
 function scaleOf(field) {
-  const sizes = data.dumps.flatMap((dump) => dump.responses.flatMap((r) => r[field])).filter((v) => v !== null).map(Math.abs).sort((a, b) => a - b);
+  const sizes = data.responses.flatMap((dump) => dump.responses.flatMap((r) => r[field])).filter((v) => v !== null).map(Math.abs).sort((a, b) => a - b);
   return sizes[Math.floor(0.98 * (sizes.length - 1))] || 1;
 }
 
@@ -140,10 +82,10 @@ function ordered(responses) {
 }
 
 function dumpColumn(column, scale) {
-  const dump = data.dumps[state.steps[column]], box = element("div", "dump"), head = element("div", "head");
+  const dump = data.responses[state.steps[column]], box = element("div", "dump"), head = element("div", "head");
   const title = element("label", "", "step "), pick = element("select");
-  data.dumps.forEach((d, i) => pick.append(new Option(String(d.step), String(i), false, i === state.steps[column])));
-  pick.addEventListener("change", () => { state.steps[column] = Number(pick.value); drawDumps(); });
+  data.responses.forEach((d, i) => pick.append(new Option(String(d.step), String(i), false, i === state.steps[column])));
+  pick.addEventListener("change", () => { state.steps[column] = Number(pick.value); drawResponses(); });
   title.append(pick);
   const scores = dump.responses.map((r) => r.score).filter((s) => s !== null);
   const mean = scores.length ? show(scores.reduce((a, b) => a + b, 0) / scores.length, 2) : "–";
@@ -152,8 +94,8 @@ function dumpColumn(column, scale) {
   return box;
 }
 
-function drawDumps() {
-  const holder = document.getElementById("dumps");
+function drawResponses() {
+  const holder = document.getElementById("responses-drawn");
   if (!holder) return;
   const scale = scaleOf(state.field);
   document.getElementById("legend-low").textContent = show(-scale, 2);
@@ -164,10 +106,5 @@ function drawDumps() {
 
 for (const id of ["field", "order"]) {
   const pick = document.getElementById(id);
-  if (pick) pick.addEventListener("change", () => { state[id] = pick.value; drawDumps(); });
+  if (pick) pick.addEventListener("change", () => { state[id] = pick.value; drawResponses(); });
 }
-startPage(() => {
-  drawCharts();
-  drawDumps();
-  drawCards();
-});

@@ -168,7 +168,7 @@ class _Follower:
                 max_task_retries=2,  # scoring is deterministic, so Ray may repeat it
                 runtime_env={"env_vars": ACTORS | self._threads(config.reward)},
             )
-            .remote(scoring, threads=config.reward.threads, backend=config.reward.backend)
+            .remote(scoring)
             for _ in range(config.reward.actors)
         ]
         names = {"namespace": self._namespace, "num_cpus": 0}

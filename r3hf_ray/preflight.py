@@ -24,9 +24,9 @@ from r3hf_ray.scoring.method_inputs import sentence_end_ids
 from r3hf_ray.scoring.reward_prompts import measure_fit, translation_of
 from r3hf_ray.scoring.scorer import RewardModel, load_gold
 from r3hf_ray.scoring.vllm_reader import require_readable
-from r3hf_ray.sections.models import ModelSection, field_of
+from r3hf_ray.sections.models import field_of
 from r3hf_ray.sections.ppo import CriticSection
-from r3hf_ray.types import COST, MAIN
+from r3hf_ray.types import MAIN
 from r3hf_ray.user_functions import user_function
 from r3hf_ray.weights.media import check_medium
 
@@ -47,7 +47,7 @@ class Plan:
     report: Report
     eos_ids: tuple[int, ...]
     reward_models: dict[str, RewardModel]
-    """By name, the main one first."""
+    """What each reads, by name, the main one first."""
     max_model_len: int
     probe_ids: list[int]
     warnings: list[str]
@@ -66,10 +66,10 @@ def check(config: PPOConfig) -> Plan:
         probe_tokens=config.weights.probe_tokens,
     )
     check_folder(config.model.policy, "policy")
-    for source in reward_sources(config.model).values():
+    for source in config.model.reward_sources.values():
         _check_reward_model(source)
         if config.reward.backend == "vllm":
-            require_readable(source, mode=config.reward.mode)
+            require_readable(source, attention="attention" in config.reward.facts.needs)
     if config.critic.source:
         _check_reward_model(config.critic.source)
     tokenizer = load_tokenizer(config.model.policy)
@@ -92,7 +92,7 @@ def check(config: PPOConfig) -> Plan:
     )
     models = {
         name: _reward_model(name, source, config, tokenizer, rows)
-        for name, source in reward_sources(config.model).items()
+        for name, source in config.model.reward_sources.items()
     }
     config, settled = _settled(config, tokenizer)
     return Plan(
@@ -138,12 +138,6 @@ def check_resources(config: PPOConfig, available: dict[str, float]) -> None:
             )
 
 
-def reward_sources(model: ModelSection) -> dict[str, str]:
-    """Folder or hub name of every model that scores, by name, the main one first."""
-    costs = {} if model.cost is None else {COST: model.cost}
-    return {MAIN: model.reward_model} | {further.name: further.source for further in model.rewards} | costs
-
-
 def _check_reward_model(source: str) -> None:
     check_folder(source, "reward model")
     labels = _model_config(source, "reward model").num_labels
@@ -177,7 +171,7 @@ def _reward_model(
             f"before about {growth:.2f} for each of rollout.max_response_tokens "
             f"({config.rollout.max_response_tokens}): lower that or data.max_prompt_tokens"
         )
-    return RewardModel(source=source, suffix_ids=suffix, translation=translation, longest=needed), note
+    return RewardModel(suffix_ids=suffix, translation=translation, longest=needed), note
 
 
 def _check_fit(name: str, source: str, loss: float, config: PPOConfig) -> None:

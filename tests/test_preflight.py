@@ -149,7 +149,7 @@ def test_a_reward_model_of_another_tokenizer(
     assert "starts from the policy" in critic and "ppo.gae_lambda = 1" in critic
     assert warning.startswith("model.reward_model: ") and "0.0% of the policy's tokens" in warning
     settings = scoring_settings(plan.config, plan)
-    assert settings.translation == translation and settings.further == {}
+    assert settings.reads == {MAIN: plan.reward_models[MAIN]} and settings.reads[MAIN].translation == translation
 
 
 def test_every_model_has_its_own_tokens_and_suffix(
@@ -164,8 +164,7 @@ def test_every_model_has_its_own_tokens_and_suffix(
     assert plan.warnings[-1].startswith("model.rewards helpful: ")
     assert plan.config is config, "the critic's start is another model"
     settings = scoring_settings(config, plan)
-    assert settings.models == plan.reward_models
-    assert (settings.suffix_ids, list(settings.further)) == ((9,), ["helpful", COST])
+    assert (settings.reads, settings.model) == (plan.reward_models, config.model)
 
 
 @pytest.mark.parametrize(("setting", "read"), [("auto", (7,)), ("none", ()), ("w5", (7,))])
@@ -196,7 +195,7 @@ def test_the_reference_reads_the_sampled_ids(
     same, short = reference(tiny_models, tmp_path / "same"), tmp_path / "short"
     plan = check(config := configure(model=models | {"reference": str(same)}))
     settings = scoring_settings(config, plan)
-    assert (settings.reference, settings.tokenizer) == (str(same), str(tiny_models.policy))
+    assert (settings.model.reference, settings.model.policy) == (str(same), str(tiny_models.policy))
     reference(tiny_models, short, max_position_embeddings=16)
     with pytest.raises(ConfigError, match=r"model\.reference: .*short can read 16 tokens, .* has 17"):
         check(configure(model=models | {"reference": str(short)}))

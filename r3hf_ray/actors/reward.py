@@ -11,8 +11,9 @@ from r3hf_ray.types import ChunkReport, Failure, ScoredTrajectory, Trajectory
 class RewardActor:
     """Stateless, so Ray may restart it and run a call again: the same ids give the same scores."""
 
-    def __init__(self, settings: Any, *, threads: int, backend: str = "transformers") -> None:
-        """Load the models; ``backend`` (`reward.backend`) runs the reward models, transformers the reference."""
+    def __init__(self, settings: Any) -> None:
+        """Load the models of `ScoringSettings`; `reward.backend` runs the reward models, transformers the reference."""
+        backend = settings.reward.backend
         if backend == "vllm":  # read when vLLM is imported, below
             os.environ.update(VLLM_ON_CPU if settings.device == "cpu" else VLLM)
         import torch
@@ -21,7 +22,7 @@ class RewardActor:
         from r3hf_ray.scoring.scorer import Scorer
         from r3hf_ray.scoring.vllm_reader import VllmReader
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(settings.reward.threads)
         make_reader: MakeReader = VllmReader if backend == "vllm" else SameIds
         self._scorer = Scorer(settings, make_reader=make_reader)
 

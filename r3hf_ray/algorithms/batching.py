@@ -126,15 +126,13 @@ def collate(scored: Sequence[ScoredTrajectory], *, pad_id: int) -> Batch:
     if any(s.by_model.keys() != names for s in scored):
         raise ValueError("the trajectories of a batch were scored by different reward models")
     trajectories = [s.trajectory for s in scored]
-    lengths = torch.tensor([len(t.token_ids) for t in trajectories])
-    prompts = torch.tensor([t.prompt_len for t in trajectories])
-    token_ids = pad_rows([t.token_ids for t in trajectories], fill=pad_id).long()
-    position = torch.arange(token_ids.shape[1])
-    attention_mask = position < lengths[:, None]
+    token_ids, attention_mask, response_mask = pad_sequences(
+        [t.token_ids for t in trajectories], [t.prompt_len for t in trajectories], pad_id=pad_id
+    )
     return Batch(
         token_ids=token_ids,
         attention_mask=attention_mask,
-        response_mask=attention_mask & (position >= prompts[:, None]),
+        response_mask=response_mask,
         behavior_logprobs=pad_rows([t.behavior_logprobs for t in trajectories], fill=0.0),
         ref_logprobs=pad_rows([s.ref_logprobs for s in scored], fill=0.0),
         by_model={name: _stacked([s.by_model[name] for s in scored]) for name in names},
@@ -153,6 +151,20 @@ def _stacked(scores: Sequence[ModelScores]) -> BatchScores:
         score=torch.tensor([s.score for s in scores], dtype=torch.float32),
         prompt_score=torch.tensor([s.prompt_score for s in scores], dtype=torch.float32),
     )
+
+
+def pad_sequences(
+    rows: Sequence[np.ndarray], prompt_lens: Sequence[int], *, pad_id: int
+) -> tuple[Int64[Tensor, "B T"], Bool[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """Prompts with their responses, right-padded: token ids, attention mask and response mask.
+
+    Example: rows ``[5, 6, 7, 2]`` and ``[8, 2]`` with prompts of 2 and 1, pad 0 -> ``[[5, 6, 7, 2], [8, 2, 0, 0]]``,
+    ``[[1, 1, 1, 1], [1, 1, 0, 0]]``, ``[[0, 0, 1, 1], [0, 1, 0, 0]]``.
+    """
+    token_ids = pad_rows(rows, fill=pad_id).long()
+    position = torch.arange(token_ids.shape[1])
+    attention_mask = position < torch.tensor([len(row) for row in rows])[:, None]
+    return token_ids, attention_mask, attention_mask & (position >= torch.tensor(prompt_lens)[:, None])
 
 
 def pad_rows(rows: Sequence[np.ndarray], *, fill: int | float) -> Tensor:

@@ -1,80 +1,57 @@
 """What redistribution methods read besides the scores, bound to them: spans, attention, a user's own inputs."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from r3hf_ray.algorithms.redistribution import FUNCTIONS, Method, PrefixScores, RedistributionInputs, abc, segment
+from r3hf_ray.algorithms.redistribution import FUNCTIONS, Method, RedistributionInputs
 from r3hf_ray.algorithms.spans import ends_sentence, entropy_ends, ngram_ends, sentence_ends
 from r3hf_ray.errors import ModelError
 from r3hf_ray.models.load import load_tokenizer
+from r3hf_ray.sections.rewards import RewardSection
 from r3hf_ray.user_functions import user_function
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """What one microbatch's forwards have shown besides the scores. ``[B, T]`` and ``[B]``."""
-
-    token_ids: Int64[Tensor, "B T"]
-    response_mask: Bool[Tensor, "B T"]
-    finished: Bool[Tensor, "B"]
-    behavior_logprobs: Float[Tensor, "B T"]
-    ref_logprobs: Float[Tensor, "B T"]
-    ref_entropy: Float[Tensor, "B T"] | None
-    """Measured for `segment` by entropy only. [nats]"""
-    by_model: Mapping[str, PrefixScores]
-    """Of every reward model, by name."""
-    attention: Float[Tensor, "B T"] | None = None
-    """Measured for `abc` only, by each reward model."""
+Bind = Callable[[RedistributionInputs, Float[Tensor, "B T"] | None, Float[Tensor, "B T"] | None], Method]
+"""From a microbatch, its attention and its reference's entropy, each where it was measured, to the bound method."""
 
 
-MethodOf = Callable[[Evidence], Method]
-"""Binds a method to one microbatch's evidence."""
-
-
-def method_of(mode: str, *, segment_by: str, segment_ngram: int, segment_entropy: float, tokenizer: str) -> MethodOf:
-    """How to get the function that `reward.mode` names, once a microbatch's evidence is there.
+def bind_method(reward: RewardSection, tokenizer: str) -> Bind:
+    """How to get the function that `reward.mode` names, once a microbatch has been read.
 
     Args:
-        mode: a name in `FUNCTIONS`, or a user's own function.
-        segment_by: sentence, ngram or entropy; read by `segment` only, like the next two.
-        segment_ngram: in tokens.
-        segment_entropy: in nats.
+        reward: the method and its spans.
         tokenizer: folder or hub name of the one whose text ends sentences.
 
     Raises:
         ConfigError: a user's function cannot be found.
         ModelError: no token of the tokenizer ends a sentence.
     """
-    if mode == "abc":
-        return _abc
-    if mode == "segment":
-        return _segment(segment_by, segment_ngram, segment_entropy, tokenizer)
-    if mode in FUNCTIONS:
-        return lambda evidence: FUNCTIONS[mode]
-    function = user_function(mode, field="reward.mode")
+    if reward.mode not in FUNCTIONS:
+        own = user_function(reward.mode, field="reward.mode")
+        return lambda inputs, attention, entropy: lambda scores, mask: own(replace(inputs, scores=scores))
+    needs, span_ends = reward.facts.needs, _span_ends(reward, tokenizer)
 
-    def bind(evidence: Evidence) -> Method:
-        def method(scores: PrefixScores, response_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-            inputs = RedistributionInputs(
-                scores=scores,
-                response_mask=response_mask,
-                token_ids=evidence.token_ids,
-                finished=evidence.finished,
-                behavior_logprobs=evidence.behavior_logprobs,
-                ref_logprobs=evidence.ref_logprobs,
-                by_model=evidence.by_model,
-            )
-            return function(inputs)
-
-        return method
+    def bind(
+        inputs: RedistributionInputs, attention: Float[Tensor, "B T"] | None, entropy: Float[Tensor, "B T"] | None
+    ) -> Method:
+        given: dict[str, Tensor] = {}
+        if "attention" in needs:
+            given["attention"] = _measured(attention, reward.mode)
+        if "span_ends" in needs:
+            given["span_ends"] = span_ends(inputs, entropy)
+        return partial(FUNCTIONS[reward.mode], **given)
 
     return bind
+
+
+def needs_entropy(reward: RewardSection) -> bool:
+    """Whether the entropy of the reference is to be measured."""
+    return "span_ends" in reward.facts.needs and reward.segment_by == "entropy"
 
 
 def sentence_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -94,26 +71,26 @@ def sentence_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ends
 
 
-def _abc(evidence: Evidence) -> Method:
-    if evidence.attention is None:
+def _measured(attention: Tensor | None, mode: str) -> Tensor:
+    if attention is None:
         raise ModelError(
-            "reward.mode = abc: the attention of the reward model was not measured; one that reads other tokens than "
-            "the policy's has none to give"
+            f"reward.mode = {mode}: the attention of the reward model was not measured; one that reads other tokens "
+            "than the policy's has none to give"
         )
-    return partial(abc, attention=evidence.attention)
+    return attention
 
 
-def _segment(by: str, ngram: int, entropy: float, tokenizer: str) -> MethodOf:
-    end_ids = torch.tensor(sentence_end_ids(load_tokenizer(tokenizer)) if by == "sentence" else [], dtype=torch.long)
+def _span_ends(reward: RewardSection, tokenizer: str) -> Callable[[RedistributionInputs, Tensor | None], Tensor]:
+    """The rule of `reward.segment_by`; the tokenizer is read where sentences end spans."""
+    by_sentence = "span_ends" in reward.facts.needs and reward.segment_by == "sentence"
+    end_ids = torch.tensor(sentence_end_ids(load_tokenizer(tokenizer)) if by_sentence else [], dtype=torch.long)
 
-    def bind(evidence: Evidence) -> Method:
-        mask = evidence.response_mask
-        if evidence.ref_entropy is not None:
-            ends = entropy_ends(evidence.ref_entropy, mask, threshold=entropy)
-        elif by == "ngram":
-            ends = ngram_ends(mask, length=ngram)
-        else:
-            ends = sentence_ends(evidence.token_ids, mask, end_ids=end_ids.to(mask.device))
-        return partial(segment, span_ends=ends)
+    def find(inputs: RedistributionInputs, entropy: Tensor | None) -> Tensor:
+        mask = inputs.response_mask
+        if entropy is not None:
+            return entropy_ends(entropy, mask, threshold=reward.segment_entropy)
+        if reward.segment_by == "ngram":
+            return ngram_ends(mask, length=reward.segment_ngram)
+        return sentence_ends(inputs.token_ids, mask, end_ids=end_ids.to(mask.device))
 
-    return bind
+    return find

@@ -14,9 +14,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from r3hf_ray.algorithms.alignment import align
-from r3hf_ray.algorithms.batching import pad_rows
+from r3hf_ray.algorithms.batching import pad_sequences
 from r3hf_ray.algorithms.redistribution import PrefixScores
-from r3hf_ray.methods import facts_of
 from r3hf_ray.models.load import load_reward_model, require_causal
 from r3hf_ray.scoring.prefix_scores import prefix_scores, prefix_scores_and_attention
 from r3hf_ray.scoring.translation import Translator
@@ -42,15 +41,18 @@ class Sampled:
         cls, rows: Sequence[np.ndarray], prompt_lens: Sequence[int], finished: Sequence[bool], *, device: torch.device
     ) -> "Sampled":
         """Pad rows of prompt + response with id 0."""
-        token_ids = pad_rows(rows, fill=0).long()
-        position = torch.arange(token_ids.shape[1])
-        attention_mask = position < torch.tensor([len(row) for row in rows])[:, None]
+        ids, attended, responds = (array.to(device) for array in pad_sequences(rows, prompt_lens, pad_id=0))
         return cls(
-            token_ids=token_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            response_mask=(attention_mask & (position >= torch.tensor(prompt_lens)[:, None])).to(device),
+            token_ids=ids,
+            attention_mask=attended,
+            response_mask=responds,
             finished=torch.tensor(finished, device=device),
         )
+
+    @property
+    def arrays(self) -> tuple[Int64[Tensor, "B T"], Bool[Tensor, "B T"], Bool[Tensor, "B T"]]:
+        """Token ids, attention mask and response mask, as a model's functions take them."""
+        return self.token_ids, self.attention_mask, self.response_mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +83,10 @@ class ReaderSettings:
     source: str
     suffix_ids: tuple[int, ...]
     """Read behind the last token of a finished row, before pooling."""
-    mode: str
-    """`reward.mode`: `abc` reads attention, and some modes read no prefix at all."""
+    attention: bool = False
+    """Whether the attention of the last token is asked for too."""
+    prefixes: bool = True
+    """Whether the scores of prefixes matter, so that the model must be causal."""
     dtype: torch.dtype
     device: str
     longest: int | None = None
@@ -100,24 +104,23 @@ class SameIds:
         """Load the model.
 
         Raises:
-            ModelError: it cannot be loaded, or ``mode`` reads prefixes and it looks ahead.
+            ModelError: it cannot be loaded, or prefixes are read and it looks ahead.
         """
         self._settings = settings
-        attention = "eager" if "attention" in facts_of(settings.mode).needs else "sdpa"
+        attention = "eager" if settings.attention else "sdpa"
         self.model = load_reward_model(settings.source, settings.dtype, attention=attention).to(settings.device)
-        if facts_of(settings.mode).reads_prefixes:
+        if settings.prefixes:
             require_causal(self.model, self.model.get_input_embeddings().num_embeddings)
 
     def read(self, batch: Sampled) -> Reading:
-        """Its scores of every prefix, and its attention where ``mode`` reads that."""
-        arrays = (batch.token_ids, batch.attention_mask, batch.response_mask)
+        """Its scores of every prefix, and its attention where that is asked for."""
         suffix_ids, attention = list(self._settings.suffix_ids), None
-        if "attention" in facts_of(self._settings.mode).needs:
+        if self._settings.attention:
             scores, attention = prefix_scores_and_attention(
-                self.model, *arrays, suffix_ids=suffix_ids, finished=batch.finished
+                self.model, *batch.arrays, suffix_ids=suffix_ids, finished=batch.finished
             )
         else:
-            scores = prefix_scores(self.model, *arrays, suffix_ids=suffix_ids, finished=batch.finished)
+            scores = prefix_scores(self.model, *batch.arrays, suffix_ids=suffix_ids, finished=batch.finished)
         return Reading(scores=scores, attention=attention, alignment_loss=torch.zeros_like(scores.pooled))
 
 
@@ -137,8 +140,8 @@ class Aligned:
         Raises:
             ModelError: a prompt is not in the translator's table.
         """
-        arrays = (batch.token_ids, batch.attention_mask, batch.response_mask, batch.finished)
-        rows = [self._row(*row) for row in zip(*(array.cpu().numpy() for array in arrays), strict=True)]
+        arrays = (array.cpu().numpy() for array in (*batch.arrays, batch.finished))
+        rows = [self._row(*row) for row in zip(*arrays, strict=True)]
         device = batch.token_ids.device
         theirs = Sampled.of(
             [row.token_ids for row in rows],

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from r3hf_ray.algorithms.batching import microbatches, pad_rows
-from r3hf_ray.algorithms.redistribution import PrefixScores, redistribute, settle_eos_jump
+from r3hf_ray.algorithms.redistribution import PrefixScores, RedistributionInputs, redistribute, settle_eos_jump
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.models.load import load_policy, load_tokenizer
 from r3hf_ray.models.logprobs import token_logprobs, token_logprobs_and_entropy
-from r3hf_ray.scoring.method_inputs import Evidence, method_of
+from r3hf_ray.models.sharding import DTYPES
+from r3hf_ray.scoring.method_inputs import bind_method, needs_entropy
 from r3hf_ray.scoring.readers import Aligned, MakeReader, Reader, ReaderSettings, Reading, SameIds, Sampled
 from r3hf_ray.scoring.translation import Translation, Translator
-from r3hf_ray.sections.models import field_of
+from r3hf_ray.sections.models import ModelSection, field_of
+from r3hf_ray.sections.rewards import RewardSection
 from r3hf_ray.types import MAIN, Failure, Finish, ModelScores, ScoredTrajectory, Trajectory, TrajectoryInfo
 from r3hf_ray.user_functions import user_function
 
@@ -26,13 +28,11 @@ Gold = Callable[[str, str], float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardModel:
-    """One reward model, and what it reads besides the sampled ids.
+    """What a reward model reads besides the sampled ids.
 
-    Example: ``RewardModel(source="runs/rm/model", suffix_ids=(198,))``
+    Example: ``RewardModel(suffix_ids=(198,))``
     """
 
-    source: str
-    """Folder or hub name."""
     suffix_ids: tuple[int, ...] = ()
     """Read behind EOS, before pooling."""
     translation: Translation | None = None
@@ -43,44 +43,21 @@ class RewardModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringSettings:
-    """What scoring needs; plain values, so that a scorer can be made without a run."""
+    """What scoring needs: two sections, and what was found out about the models."""
 
-    reward_model: str
-    reference: str
-    tokenizer: str
-    """Folder or hub name of the policy's, which spells what was sampled."""
+    reward: RewardSection
+    model: ModelSection
+    """Its reward models are scored by, each redistributed in the same way; the policy's tokenizer spells what was
+    sampled."""
     temperature: float
-    mode: str = "r3hf"
-    beta_c: float = 1.0
-    """Share of the reward that the method redistributes (`RewardSection.method_weight`)."""
-    prefixes_from: str | None = None
-    """Which of `further` lends `reward_model` its prefix scores."""
-    subtract_prompt_score: bool = True
-    eos_jump: str = "keep"
-    segment_by: str = "sentence"
-    segment_ngram: int = 5
-    segment_entropy: float = 1.75
-    suffix_ids: tuple[int, ...] = ()
-    """Of `reward_model`, as the next two."""
-    translation: Translation | None = None
-    longest: int | None = None
-    further: Mapping[str, RewardModel] = field(default_factory=dict)
-    """Reward models besides `reward_model`, by name; each is redistributed in the same way."""
-    dtype: str = "float32"
-    microbatch_tokens: int = 8192
-    gold: str | None = None
-    device: str = "cpu"
+    """Of sampling, and so of the reference's logprobs."""
+    reads: Mapping[str, RewardModel] = field(default_factory=dict)
+    """What each reward model reads, by name; one that is not named reads the ids as they are."""
 
     @property
-    def models(self) -> dict[str, RewardModel]:
-        """Every reward model by name, the main one first."""
-        main = RewardModel(
-            source=self.reward_model,
-            suffix_ids=self.suffix_ids,
-            translation=self.translation,
-            longest=self.longest,
-        )
-        return {MAIN: main, **self.further}
+    def device(self) -> str:
+        """Where the models are."""
+        return "cuda" if self.reward.gpus_per_actor > 0 else "cpu"
 
 
 class Scorer:
@@ -88,27 +65,23 @@ class Scorer:
 
     def __init__(self, settings: ScoringSettings, *, make_reader: MakeReader = SameIds) -> None:
         """Load the models; ``make_reader`` decides what runs the reward models."""
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
-        self._settings = settings
-        self._readers = {name: _reader(model, settings, dtype, make_reader) for name, model in settings.models.items()}
-        self._reference = load_policy(settings.reference, dtype).to(settings.device)
-        self._method_of = method_of(
-            settings.mode,
-            segment_by=settings.segment_by,
-            segment_ngram=settings.segment_ngram,
-            segment_entropy=settings.segment_entropy,
-            tokenizer=settings.tokenizer,
-        )
-        self._needs_entropy = settings.mode == "segment" and settings.segment_by == "entropy"
-        self._gold = load_gold(settings.gold) if settings.gold else None
-        self._tokenizer = load_tokenizer(settings.tokenizer) if settings.gold else None
+        self._settings, self._reward = settings, settings.reward
+        reference, dtype = settings.model.reference or settings.model.policy, DTYPES[settings.reward.dtype]
+        self._readers = {
+            name: _reader(source, settings.reads.get(name, RewardModel()), settings, make_reader)
+            for name, source in settings.model.reward_sources.items()
+        }
+        self._reference = load_policy(reference, dtype).to(settings.device)
+        self._bind = bind_method(settings.reward, settings.model.policy)
+        self._gold = load_gold(settings.reward.gold) if settings.reward.gold else None
+        self._tokenizer = load_tokenizer(settings.model.policy) if settings.reward.gold else None
 
     @torch.no_grad()
     def score(self, trajectories: Sequence[Trajectory]) -> list[ScoredTrajectory | Failure]:
         """Score each trajectory, in order; one whose reward is not finite is a failure, never data."""
         results: dict[int, ScoredTrajectory | Failure] = {}
         lengths = [len(t.token_ids) for t in trajectories]
-        for index in microbatches(lengths, budget_tokens=self._settings.microbatch_tokens):
+        for index in microbatches(lengths, budget_tokens=self._reward.microbatch_tokens):
             results |= zip(index, self._score([trajectories[i] for i in index]), strict=True)
         return [results[i] for i in range(len(trajectories))]
 
@@ -138,23 +111,23 @@ class Scorer:
         )
         readings = self._read(batch)
         ref, entropy = self._refer(batch)
-        evidence = Evidence(
-            token_ids=batch.token_ids,
+        inputs = RedistributionInputs(
+            scores=readings[MAIN].scores,
             response_mask=batch.response_mask,
+            token_ids=batch.token_ids,
             finished=batch.finished,
             behavior_logprobs=pad_rows([t.behavior_logprobs for t in trajectories], fill=0.0).to(device),
             ref_logprobs=ref,
-            ref_entropy=entropy,
             by_model={name: reading.scores for name, reading in readings.items()},
         )
-        rewards = {name: self._redistribute(reading, evidence).cpu() for name, reading in readings.items()}
+        rewards = {name: self._redistribute(reading, inputs, entropy).cpu() for name, reading in readings.items()}
         scores, ref = {name: _on_cpu(reading.scores) for name, reading in readings.items()}, ref.cpu()
         losses = torch.stack([reading.alignment_loss for reading in readings.values()]).amax(0).tolist()
         for row, trajectory in enumerate(trajectories):
             length = len(trajectory.token_ids)
             parts = {name: _model_scores(rewards[name][row, :length], scores[name], row) for name in readings}
             logprobs = ref[row, :length].numpy().copy()
-            reason = _refusal(readings, row) or _not_finite(parts, logprobs, lender=self._settings.prefixes_from)
+            reason = _refusal(readings, row) or _not_finite(parts, logprobs, lender=self._reward.prefixes_from)
             if reason:
                 yield Failure(prompt_id=trajectory.prompt_id, sample=trajectory.sample, stage="score", reason=reason)
             else:
@@ -165,28 +138,27 @@ class Scorer:
     def _read(self, batch: Sampled) -> dict[str, Reading]:
         """Each model's reading, the main one's with the prefixes that carry its reward."""
         readings = {name: reader.read(batch) for name, reader in self._readers.items()}
-        if self._settings.prefixes_from is not None:
-            main, other = readings[MAIN], readings[self._settings.prefixes_from]
+        if self._reward.prefixes_from is not None:
+            main, other = readings[MAIN], readings[self._reward.prefixes_from]
             readings[MAIN] = replace(main, scores=main.scores.carried_by(other.scores, batch.response_mask))
         return readings
 
-    def _redistribute(self, reading: Reading, evidence: Evidence) -> Tensor:
-        settings = self._settings
+    def _redistribute(self, reading: Reading, inputs: RedistributionInputs, entropy: Tensor | None) -> Tensor:
+        reward = self._reward
         return redistribute(
-            settle_eos_jump(reading.scores, evidence.response_mask, evidence.finished, rule=settings.eos_jump),
-            evidence.response_mask,
-            mode=settings.mode,
-            beta_c=settings.beta_c,
-            subtract_prompt_score=settings.subtract_prompt_score,
-            method=self._method_of(replace(evidence, attention=reading.attention)),
+            settle_eos_jump(reading.scores, inputs.response_mask, inputs.finished, rule=reward.eos_jump),
+            inputs.response_mask,
+            mode=reward.mode,
+            beta_c=reward.method_weight,
+            subtract_prompt_score=reward.subtract_prompt_score,
+            method=self._bind(inputs, reading.attention, entropy),
         )
 
     def _refer(self, batch: Sampled) -> tuple[Tensor, Tensor | None]:
-        arrays = (batch.token_ids, batch.attention_mask, batch.response_mask)
         temperature = self._settings.temperature
-        if self._needs_entropy:
-            return token_logprobs_and_entropy(self._reference, *arrays, temperature=temperature)
-        return token_logprobs(self._reference, *arrays, temperature=temperature), None
+        if needs_entropy(self._reward):
+            return token_logprobs_and_entropy(self._reference, *batch.arrays, temperature=temperature)
+        return token_logprobs(self._reference, *batch.arrays, temperature=temperature), None
 
 
 def load_gold(name: str) -> Gold:
@@ -198,23 +170,24 @@ def load_gold(name: str) -> Gold:
     return user_function(name, field="reward.gold")
 
 
-def _reader(model: RewardModel, settings: ScoringSettings, dtype: torch.dtype, make_reader: MakeReader) -> Reader:
-    """A reader of what `model` reads; where that is a translation, the end of an answer comes from it too."""
-    translation = model.translation
+def _reader(source: str, model: RewardModel, settings: ScoringSettings, make_reader: MakeReader) -> Reader:
+    """A reader of what ``model`` reads; where that is a translation, the end of an answer comes from it too."""
+    translation, facts = model.translation, settings.reward.facts
     behind = (*(translation.end_ids if translation else ()), *model.suffix_ids)
     reader = make_reader(
         ReaderSettings(
-            source=model.source,
+            source=source,
             suffix_ids=behind,
-            mode=settings.mode,
-            dtype=dtype,
+            attention="attention" in facts.needs,
+            prefixes=facts.reads_prefixes,
+            dtype=DTYPES[settings.reward.dtype],
             device=settings.device,
             longest=None if model.longest is None else model.longest + len(behind),
         )
     )
     if translation is None:
         return reader
-    return Aligned(reader, Translator(translation, load_tokenizer(settings.tokenizer), load_tokenizer(model.source)))
+    return Aligned(reader, Translator(translation, load_tokenizer(settings.model.policy), load_tokenizer(source)))
 
 
 def _on_cpu(scores: PrefixScores) -> PrefixScores:

@@ -50,7 +50,7 @@ class VllmReader:
             ModelError: transformers cannot load the model, vLLM cannot run it or has no room for the longest row, or
                 the largest difference of their scores is above `BOUNDS`.
         """
-        require_readable(settings.source, mode=settings.mode)
+        require_readable(settings.source, attention=settings.attention)
         self._settings = settings
         batch = probe(settings)
         expected = SameIds(settings).read(batch).scores
@@ -97,20 +97,18 @@ class VllmReader:
         )
 
 
-def require_readable(source: str, *, mode: str) -> None:
+def require_readable(source: str, *, attention: bool) -> None:
     """Refuse what vLLM cannot do, before anything is loaded.
 
     Args:
         source: folder or hub name of a reward model.
-        mode: `reward.mode`.
+        attention: whether the run's method reads attention.
 
     Raises:
-        ModelError: ``mode`` reads attention, or the model sums its head over all tokens.
+        ModelError: attention is read, or the model sums its head over all tokens.
     """
-    if mode == "abc":
-        raise ModelError(
-            f"reward.backend = vllm gives no attention, which reward.mode = abc pays by; {USE_TRANSFORMERS}"
-        )
+    if attention:
+        raise ModelError(f"reward.backend = vllm gives no attention, which reward.mode pays by; {USE_TRANSFORMERS}")
     if isinstance(AutoConfig.from_pretrained(source), RunningSumConfig):
         raise ModelError(f"{source}: vLLM has no running-sum head; {USE_TRANSFORMERS}")
 

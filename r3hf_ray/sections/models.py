@@ -60,6 +60,12 @@ class ModelSection(Section):
         costs = {} if self.cost is None else {COST: -multiplier}
         return {MAIN: self.reward_weight} | {further.name: further.weight for further in self.rewards} | costs
 
+    @property
+    def reward_sources(self) -> dict[str, str]:
+        """Folder or hub name of every model that scores, by name, the main one first."""
+        costs = {} if self.cost is None else {COST: self.cost}
+        return {MAIN: self.reward_model} | {further.name: further.source for further in self.rewards} | costs
+
     def placed(self, place: Callable[[str], str]) -> "ModelSection":
         """The same models, each source as ``place`` gives it: a relative folder made absolute, for one."""
         own = {"policy": self.policy, "reward_model": self.reward_model, "cost": self.cost, "reference": self.reference}

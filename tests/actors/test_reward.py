@@ -8,19 +8,15 @@ import torch
 
 from r3hf_ray.actors.reward import RewardActor
 from r3hf_ray.scoring.scorer import ScoringSettings
+from r3hf_ray.sections.models import ModelSection
+from r3hf_ray.sections.rewards import RewardSection
 from r3hf_ray.types import MAIN, ChunkReport, Finish, ScoredTrajectory, Trajectory
 
 
 @pytest.fixture(scope="module")
 def actor(tiny_models: Any) -> RewardActor:
-    settings = ScoringSettings(
-        reward_model=str(tiny_models.reward),
-        reference=str(tiny_models.policy),
-        tokenizer=str(tiny_models.policy),
-        temperature=1.0,
-        suffix_ids=(),
-    )
-    return RewardActor(settings, threads=1)
+    model = ModelSection(policy=str(tiny_models.policy), reward_model=str(tiny_models.reward))
+    return RewardActor(ScoringSettings(reward=RewardSection(), model=model, temperature=1.0))
 
 
 def trajectory(prompt_id: int, sample: int, response: list[int]) -> Trajectory:

@@ -175,7 +175,7 @@ def _sampler(settings: tuple[RolloutSection, EngineFacts]) -> Calls:
 def _scorer(settings: ScoringSettings) -> Calls:
     from r3hf_ray.scoring.scorer import Scorer
 
-    by_attention = replace(settings, mode="abc", beta_c=0.8)
+    by_attention = replace(settings, reward=settings.reward.model_copy(update={"mode": "abc"}))
     return {"score": Scorer(settings).score, ABC: Scorer(by_attention).score}
 
 

@@ -9,9 +9,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from r3hf_ray.errors import ConfigError, ModelError
-from r3hf_ray.scoring.method_inputs import method_of, sentence_end_ids
-from r3hf_ray.scoring.scorer import Scorer, ScoringSettings
-from r3hf_ray.types import Failure, Finish, Trajectory
+from r3hf_ray.scoring.method_inputs import bind_method, sentence_end_ids
+from r3hf_ray.scoring.scorer import RewardModel, Scorer, ScoringSettings
+from r3hf_ray.sections.models import ModelSection
+from r3hf_ray.sections.rewards import RewardSection
+from r3hf_ray.types import MAIN, Failure, Finish, Trajectory
 
 EOS = 2
 
@@ -42,16 +44,19 @@ ALL = [
 @pytest.fixture(scope="module")
 def settings(tiny_models):
     return ScoringSettings(
-        reward_model=str(tiny_models.reward),
-        reference=str(tiny_models.policy),
-        tokenizer=str(tiny_models.policy),
+        reward=RewardSection(),
+        model=ModelSection(policy=str(tiny_models.policy), reward_model=str(tiny_models.reward)),
         temperature=1.0,
-        suffix_ids=(7,),
+        reads={MAIN: RewardModel(suffix_ids=(7,))},
     )
 
 
+def changed(settings, **reward):
+    return replace(settings, reward=settings.reward.model_copy(update=reward))
+
+
 def rewards_of(settings, **change):
-    results = Scorer(replace(settings, **change)).score(ALL)
+    results = Scorer(changed(settings, **change)).score(ALL)
     return [(item, item.main.token_rewards[item.trajectory.prompt_len :]) for item in results]
 
 
@@ -60,7 +65,7 @@ def rewards_of(settings, **change):
     [
         ({"mode": "uniform"}, 0.0),
         ({"mode": "uniform", "beta_c": 0.5}, 0.0),
-        ({"mode": "abc", "beta_c": 0.8}, 0.0),
+        ({"mode": "abc", "abc_beta": 0.8}, 0.0),
         ({"mode": "segment", "segment_by": "ngram", "segment_ngram": 3}, 1.0),
         ({"mode": "segment", "segment_by": "entropy", "segment_entropy": 3.0}, 1.0),
         ({"mode": "r3hf", "eos_jump": "spread"}, 1.0),
@@ -74,7 +79,7 @@ def test_rewards_add_up(settings, change, of_prompt):
 
 
 def test_abc_shares_the_score_and_leaves_the_rest_at_the_end(settings):
-    for item, rewards in rewards_of(settings, mode="abc", beta_c=0.8):
+    for item, rewards in rewards_of(settings, mode="abc", abc_beta=0.8):
         shares = rewards / np.float32(item.main.score)
         assert (shares >= 0).all() and shares[-1] >= 0.2 - 1e-6
         assert len(shares) == 1 or (shares[:-1] > 0).all()
@@ -138,10 +143,10 @@ def test_a_users_own_function_gets_everything_and_pays_what_it_says(settings, tm
     assert inputs.token_ids[2, :3].tolist() == ALL[2].token_ids.tolist()
     assert inputs.by_model.keys() == {"reward"}
     assert inputs.by_model["reward"].pooled.tolist() == inputs.scores.pooled.tolist()
-    results = Scorer(replace(settings, mode="my_credit:broken")).score(ALL)
+    results = Scorer(changed(settings, mode="my_credit:broken")).score(ALL)
     assert all(isinstance(result, Failure) for result in results)
     with pytest.raises(ConfigError, match=r"reward\.mode: 'my_credit:absent' names no function"):
-        Scorer(replace(settings, mode="my_credit:absent"))
+        Scorer(changed(settings, mode="my_credit:absent"))
 
 
 def tokenizer_of(words):
@@ -156,6 +161,5 @@ def test_tokens_that_end_sentences_are_found_by_their_text():
 
 
 def test_a_tokenizer_without_sentences_is_refused(tiny_models):
-    options = {"segment_by": "sentence", "segment_ngram": 5, "segment_entropy": 1.0}
     with pytest.raises(ModelError, match=r"no token ends a sentence; set reward\.segment_by"):
-        method_of("segment", **options, tokenizer=str(tiny_models.policy))
+        bind_method(RewardSection(mode="segment"), str(tiny_models.policy))

@@ -37,7 +37,7 @@ def settings(tmp_path_factory):
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(**shape, vocab_size=500, initializer_range=0.2, num_labels=1, pad_token_id=0)
     LlamaForSequenceClassification(config).save_pretrained(folder)
-    return ReaderSettings(source=str(folder), suffix_ids=SUFFIX, mode="r3hf", dtype=torch.float32, device="cpu")
+    return ReaderSettings(source=str(folder), suffix_ids=SUFFIX, dtype=torch.float32, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -221,4 +221,4 @@ def test_a_model_that_looks_ahead_reads_no_prefixes(settings, monkeypatch):
     monkeypatch.setattr(readers, "require_causal", refuse)
     with pytest.raises(ModelError, match="looks ahead"):
         SameIds(settings)
-    SameIds(replace(settings, mode="terminal"))
+    SameIds(replace(settings, prefixes=False))

@@ -19,6 +19,8 @@ from r3hf_ray.models.load import load_tokenizer
 from r3hf_ray.scoring.readers import ReaderSettings, Reading, Sampled
 from r3hf_ray.scoring.scorer import RewardModel, Scorer, ScoringSettings, load_gold
 from r3hf_ray.scoring.translation import Translation, prompt_key
+from r3hf_ray.sections.models import FurtherModel, ModelSection
+from r3hf_ray.sections.rewards import RewardSection
 from r3hf_ray.types import COST, MAIN, Failure, Finish, ScoredTrajectory, Trajectory
 
 EOS = 2
@@ -52,12 +54,21 @@ ALL = [ENDED, CUT, SHORT, LONG]
 @pytest.fixture(scope="module")
 def settings(tiny_models: Any) -> ScoringSettings:
     return ScoringSettings(
-        reward_model=str(tiny_models.reward),
-        reference=str(tiny_models.policy),
-        tokenizer=str(tiny_models.policy),
+        reward=RewardSection(),
+        model=ModelSection(policy=str(tiny_models.policy), reward_model=str(tiny_models.reward)),
         temperature=TEMPERATURE,
-        suffix_ids=SUFFIX,
+        reads={MAIN: RewardModel(suffix_ids=SUFFIX)},
     )
+
+
+def changed(settings: ScoringSettings, **reward: Any) -> ScoringSettings:
+    """The same with other fields of `[reward]`."""
+    return replace(settings, reward=settings.reward.model_copy(update=reward))
+
+
+def with_models(settings: ScoringSettings, **model: Any) -> ScoringSettings:
+    """The same with other fields of `[model]`."""
+    return replace(settings, model=settings.model.model_copy(update=model))
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +82,9 @@ def several(settings: ScoringSettings, tiny_models: Any, tmp_path_factory: pytes
     model = AutoModelForSequenceClassification.from_pretrained(tiny_models.reward)
     model.score.weight.data.mul_(-3.0).add_(0.1)
     model.save_pretrained(folder := tmp_path_factory.mktemp("helpful"))
-    further = {
-        "helpful": RewardModel(source=str(folder)),
-        COST: RewardModel(source=settings.reward_model, suffix_ids=SUFFIX),
-    }
-    return replace(settings, further=further)
+    rewards = (FurtherModel(name="helpful", source=str(folder)),)
+    reads = {**settings.reads, COST: RewardModel(suffix_ids=SUFFIX)}
+    return replace(with_models(settings, rewards=rewards, cost=settings.model.reward_model), reads=reads)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +129,7 @@ def test_score_is_read_behind_the_suffix_after_eos_and_at_the_cut_otherwise(
 def test_token_rewards_add_up_to_the_score(
     settings: ScoringSettings, change: dict[str, Any], expected: Callable[[ScoredTrajectory], float]
 ) -> None:
-    for item in scored(Scorer(replace(settings, **change)), ALL):
+    for item in scored(Scorer(changed(settings, **change)), ALL):
         prompt, response = np.split(item.main.token_rewards, [item.trajectory.prompt_len])
         assert not prompt.any()
         assert response.astype(np.float64).sum() == pytest.approx(expected(item), abs=2e-6)
@@ -153,7 +162,7 @@ def test_reference_logprobs_are_at_the_sampling_temperature(scorer: Scorer, tiny
 
 @pytest.mark.parametrize("budget", [1, 20, 30])
 def test_microbatches_change_nothing(settings: ScoringSettings, scorer: Scorer, budget: int) -> None:
-    small = Scorer(replace(settings, microbatch_tokens=budget))
+    small = Scorer(changed(settings, microbatch_tokens=budget))
     for ours, theirs in zip(scored(small, ALL), scored(scorer, ALL), strict=True):
         for name in ("token_rewards", "prefix_scores", "score", "prompt_score"):
             np.testing.assert_allclose(getattr(ours.main, name), getattr(theirs.main, name), rtol=0, atol=1e-5)
@@ -170,9 +179,9 @@ def test_the_same_ids_give_the_same_bits(scorer: Scorer) -> None:
 @pytest.mark.parametrize("change", [{}, {"mode": "terminal"}, {"mode": "abc"}, {"eos_jump": "drop", "beta_c": 0.5}])
 def test_every_model_is_redistributed_by_the_same_rules(several: ScoringSettings, change: dict[str, Any]) -> None:
     """Each says what its model gives as the only one; the cost is the main model again."""
-    alone = replace(several, further={}, **change)
-    helpful = replace(alone, reward_model=several.further["helpful"].source, suffix_ids=())
-    together = scored(Scorer(replace(several, **change)), ALL)
+    alone = changed(with_models(several, rewards=(), cost=None), **change)
+    helpful = replace(with_models(alone, reward_model=several.model.reward_sources["helpful"]), reads={})
+    together = scored(Scorer(changed(several, **change)), ALL)
     for item, main, other in zip(together, scored(Scorer(alone), ALL), scored(Scorer(helpful), ALL), strict=True):
         assert list(item.by_model) == [MAIN, "helpful", COST]
         assert item.main.token_rewards.tobytes() == main.main.token_rewards.tobytes()
@@ -186,7 +195,7 @@ def test_every_model_is_redistributed_by_the_same_rules(several: ScoringSettings
 @pytest.mark.parametrize("change", [{}, {"eos_jump": "spread"}, {"subtract_prompt_score": False}])
 def test_one_models_prefixes_carry_the_others_reward(several: ScoringSettings, change: dict[str, Any]) -> None:
     """Whatever the rule for the jump at EOS, the sum is the main model's."""
-    settings = replace(several, prefixes_from="helpful", **change)
+    settings = changed(several, prefixes_from="helpful", **change)
     for item, plain in zip(scored(Scorer(settings), ALL), scored(Scorer(several), ALL), strict=True):
         start, helpful = item.trajectory.prompt_len, item.by_model["helpful"]
         assert (item.main.score, item.main.prompt_score) == (plain.main.score, plain.main.prompt_score)
@@ -224,9 +233,10 @@ class HalfRead:
 
 
 def test_another_backend_reads_the_same_samples(settings: ScoringSettings) -> None:
-    scorer = Scorer(replace(settings, dtype="bfloat16"), make_reader=HalfRead)
+    scorer = Scorer(changed(settings, dtype="bfloat16"), make_reader=HalfRead)
     asked = scorer._readers[MAIN].settings
-    assert (asked.source, asked.suffix_ids, asked.mode) == (settings.reward_model, SUFFIX, "r3hf")
+    assert (asked.source, asked.suffix_ids) == (settings.model.reward_model, SUFFIX)
+    assert (asked.attention, asked.prefixes) == (False, True)
     assert (asked.dtype, asked.device) == (torch.bfloat16, "cpu")
     ended, cut, short, long = scorer.score(ALL)
     assert ended.main.token_rewards.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
@@ -254,7 +264,8 @@ def foreign(settings: ScoringSettings, tiny_models: Any, tmp_path: Path) -> Scor
         end_ids=(own.eos_token_id,),
         max_tokens=20,
     )
-    return replace(settings, reward_model=str(tmp_path), translation=translation, suffix_ids=())
+    reads = {MAIN: RewardModel(translation=translation)}
+    return replace(with_models(settings, reward_model=str(tmp_path)), reads=reads)
 
 
 def test_a_foreign_reward_model_reads_its_own_ids(
@@ -277,7 +288,7 @@ def test_a_foreign_reward_model_reads_its_own_ids(
 
 def test_a_foreign_reward_model_has_no_attention_to_give(foreign: ScoringSettings) -> None:
     with pytest.raises(ModelError, match=r"reward\.mode = abc: .*has none to give"):
-        Scorer(replace(foreign, mode="abc")).score(ALL)
+        Scorer(changed(foreign, mode="abc")).score(ALL)
 
 
 def test_nothing_to_score_is_nothing(scorer: Scorer) -> None:
@@ -302,7 +313,7 @@ def test_a_number_that_is_not_finite_is_a_failure_and_the_others_stay(
     several: ScoringSettings, name: str, mode: str, field: str
 ) -> None:
     """Token 16, which only CUT has, breaks the model; the other rows share its microbatch."""
-    broken = Scorer(replace(several, mode=mode))
+    broken = Scorer(changed(several, mode=mode))
     sound = broken.score(ALL)
     with torch.no_grad():
         model_of(broken, name).get_input_embeddings().weight[16] = float("nan")
@@ -318,7 +329,7 @@ def test_a_number_that_is_not_finite_is_a_failure_and_the_others_stay(
 @pytest.mark.parametrize("name", [MAIN, "helpful"])
 def test_prefixes_that_are_not_finite_are_the_lenders(several: ScoringSettings, name: str) -> None:
     """They are in the main model's rewards too, whose own score is sound."""
-    broken = Scorer(replace(several, prefixes_from="helpful"))
+    broken = Scorer(changed(several, prefixes_from="helpful"))
     with torch.no_grad():
         model_of(broken, name).get_input_embeddings().weight[16] = float("nan")
     failure = broken.score([CUT])[0]
@@ -334,12 +345,12 @@ def test_the_policys_tokenizer_spells_what_was_sampled(
     shutil.copytree(tiny_models.policy, bare := tmp_path_factory.mktemp("bare") / "reference")
     for file in bare.glob("*token*"):
         file.unlink()
-    judged = replace(foreign, gold="math:dist", mode="segment", segment_by="ngram")
-    ours, theirs = (scored(Scorer(replace(judged, reference=source)), ALL) for source in (str(bare), foreign.reference))
+    judged = changed(foreign, gold="math:dist", mode="segment", segment_by="ngram")
+    ours, theirs = (scored(Scorer(with_models(judged, reference=source)), ALL) for source in (str(bare), None))
     for one, other in zip(ours, theirs, strict=True):
         assert one.main.token_rewards.tobytes() == other.main.token_rewards.tobytes()
     with pytest.raises(ModelError, match="no token ends a sentence"):
-        Scorer(replace(several, reference=str(bare), mode="segment", segment_by="sentence"))
+        Scorer(changed(with_models(several, reference=str(bare)), mode="segment", segment_by="sentence"))
 
 
 def test_a_reward_head_that_is_nan_never_becomes_data(settings: ScoringSettings) -> None:
@@ -369,7 +380,7 @@ def judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_the_gold_judge_hears_prompt_and_response_as_text(settings: ScoringSettings, judges: str) -> None:
-    scorer = Scorer(replace(settings, gold=f"{judges}:length"))
+    scorer = Scorer(changed(settings, gold=f"{judges}:length"))
     infos = [scorer.judge(item) for item in scored(scorer, [ENDED, CUT])]
     assert [info.gold for info in infos] == [4.0, 5.0]
     assert all(type(info.gold) is float for info in infos)

@@ -16,7 +16,7 @@ from r3hf_ray.errors import ModelError
 from r3hf_ray.models.running_sum import RunningSumConfig
 from r3hf_ray.scoring import vllm_reader as vllm_scores
 from r3hf_ray.scoring.readers import ReaderSettings, Reading, SameIds, Sampled
-from r3hf_ray.scoring.scorer import ScoringSettings
+from r3hf_ray.scoring.scorer import RewardModel, ScoringSettings
 from r3hf_ray.scoring.vllm_reader import (
     BOUNDS,
     CACHE_BYTES,
@@ -28,7 +28,9 @@ from r3hf_ray.scoring.vllm_reader import (
     require_readable,
     require_room,
 )
-from r3hf_ray.types import Finish, ScoredTrajectory, Trajectory
+from r3hf_ray.sections.models import ModelSection
+from r3hf_ray.sections.rewards import RewardSection
+from r3hf_ray.types import MAIN, Finish, ScoredTrajectory, Trajectory
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +51,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> ReaderSettings:
     torch.manual_seed(0)
     config = LlamaConfig(**shape, **ids, max_position_embeddings=WINDOW, initializer_range=0.15, num_labels=1)
     LlamaForSequenceClassification(config).save_pretrained(folder)
-    return ReaderSettings(source=str(folder), suffix_ids=(7, 9), mode="r3hf", dtype=torch.float32, device="cpu")
+    return ReaderSettings(source=str(folder), suffix_ids=(7, 9), dtype=torch.float32, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -229,12 +231,12 @@ def test_the_probe_fits_window_and_vocabulary(settings: ReaderSettings, tiny_mod
 def test_attention_and_running_sums_are_refused_before_anything_is_loaded(
     settings: ReaderSettings, tmp_path: Path
 ) -> None:
-    require_readable(settings.source, mode="r3hf")
-    with pytest.raises(ModelError, match=r"reward\.mode = abc pays by"):
-        require_readable(settings.source, mode="abc")
+    require_readable(settings.source, attention=False)
+    with pytest.raises(ModelError, match=r"no attention, which reward\.mode pays by"):
+        require_readable(settings.source, attention=True)
     RunningSumConfig(text_config=LlamaConfig()).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="running-sum head"):
-        require_readable(str(tmp_path), mode="r3hf")
+        require_readable(str(tmp_path), attention=False)
 
 
 def test_a_reward_actor_gives_the_same_on_either_backend(
@@ -242,22 +244,21 @@ def test_a_reward_actor_gives_the_same_on_either_backend(
 ) -> None:
     """Token rewards within the bound; the reference, which transformers runs beside vLLM, to the bit."""
     scoring = ScoringSettings(
-        reward_model=settings.source,
-        reference=str(tiny_models.policy),
-        tokenizer=str(tiny_models.policy),
+        reward=RewardSection(),
+        model=ModelSection(policy=str(tiny_models.policy), reward_model=settings.source),
         temperature=1.0,
-        suffix_ids=(7,),
+        reads={MAIN: RewardModel(suffix_ids=(7,))},
     )
     made = [trajectory(1, [8, 9, 10, 2]), trajectory(2, list(range(3, 30)))]
     keys = [(1, 0), (2, 0)]
-    *theirs, _ = RewardActor(scoring, threads=1).score(made, keys)
-    *ours, report = RewardActor(scoring, threads=1, backend="vllm").score(made, keys)
+    *theirs, _ = RewardActor(scoring).score(made, keys)
+    *ours, report = RewardActor(replace(scoring, reward=RewardSection(backend="vllm"))).score(made, keys)
     assert report.failures == []
     for our, their in zip(ours, theirs, strict=True):
         assert isinstance(our, ScoredTrajectory)
         np.testing.assert_allclose(our.main.token_rewards, their.main.token_rewards, rtol=0, atol=2e-5)
-        np.testing.assert_allclose(our.prefix_scores, their.prefix_scores, rtol=0, atol=2e-5)
-        assert abs(our.score - their.score) < 2e-5
+        np.testing.assert_allclose(our.main.prefix_scores, their.main.prefix_scores, rtol=0, atol=2e-5)
+        assert abs(our.main.score - their.main.score) < 2e-5
         np.testing.assert_array_equal(our.ref_logprobs, their.ref_logprobs)
 
 

@@ -4,6 +4,7 @@
 # PYTHON=...        a Python 3.11 or 3.12 (the lock is made for 3.11)
 # TORCH_INDEX=...   package index with torch's CPU wheels, used where pip's own indexes have none
 # PIP_ARGS=...      further arguments of every pip install (--index-url, --find-links, --proxy, ...)
+# JOBS=2            tests: processes that run them, a file at a time; 1 and ARGS=-s to look at one closely
 # ARGS=...          further arguments of the command: make quickstart ARGS=--short, make test ARGS='-k weights'
 
 SHELL := /bin/bash
@@ -14,6 +15,7 @@ SHELL := /bin/bash
 
 SUPPORTED := import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+JOBS ?= 2
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
@@ -46,7 +48,7 @@ quickstart: setup
 	@$(BIN)/r3hf quickstart $(ARGS)
 
 test: setup
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -1,4 +1,7 @@
-"""Every jaxtyping annotation of r3hf_ray is enforced while the tests run. Fixtures: models, groups of ranks, pages."""
+"""Every jaxtyping annotation of r3hf_ray is enforced while tests run. Fixtures: Ray, models, groups of ranks, pages.
+
+`make test` runs files on two workers (pytest-xdist), those that start Ray or an engine first; each worker has one Ray.
+"""
 
 import json
 import multiprocessing
@@ -8,6 +11,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +25,35 @@ install_import_hook("r3hf_ray", "beartype.beartype")
 settings.register_profile("fast", deadline=None, max_examples=30)
 settings.load_profile("fast")
 pytest_plugins = ["made.byte_tokenizer", "made.foreign_tokenizers"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start Ray or an engine come first, so that two workers end at about the same time."""
+    heavy: dict[Path, int] = {}
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()} & {"ray", "slow"}
+        heavy[item.path] = max(heavy.get(item.path, 0), len(marks))
+    items.sort(key=lambda item: -heavy[item.path])
+
+
+_RAY = ExitStack()
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> None:
+    """A Ray of 4 CPUs on this machine, one for all modules of this process: starting it takes 6 s."""
+    import ray
+
+    from r3hf_ray.session import ray_session
+
+    if not ray.is_initialized():
+        _RAY.enter_context(ray_session(4.0))
+
+
+@pytest.fixture
+def no_ray() -> None:
+    """For tests of what happens before Ray is there."""
+    _RAY.close()
 
 
 class TinyModels(NamedTuple):
@@ -228,14 +261,3 @@ def _as_rank(
         raise
     finally:
         dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ray_local() -> Iterator[None]:
-    """One local Ray for the tests of a module."""
-    import ray
-
-    options = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
-    ray.init(address="local", num_cpus=2, **options)
-    yield
-    ray.shutdown()

@@ -42,7 +42,7 @@ class Job(NamedTuple):
 
 
 @pytest.fixture
-def job(tmp_path: Path, tiny_models: Any) -> Job:
+def job(tmp_path: Path, tiny_models: Any, no_ray: None) -> Job:
     rows = ({"prompt": f"w{i} w{i + 1} w{i + 2}"} for i in range(20))
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = tmp_path / "job.toml"
@@ -113,7 +113,7 @@ def test_a_wrong_setting_is_one_sentence(
     assert not [word for word in words if word not in sentence], sentence
 
 
-def test_a_missing_job_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_job_is_one_sentence(tmp_path: Path, no_ray: None, capsys: pytest.CaptureFixture[str]) -> None:
     sentence = refused(Job(tmp_path / "absent.toml", tmp_path), [], capsys)
     assert "absent.toml: no such file" in sentence
 

@@ -20,6 +20,7 @@ from r3hf_ray.preflight import Plan
 from r3hf_ray.session import ray_session, require_answer
 
 
+@pytest.mark.usefixtures("no_ray")
 def test_a_ray_that_does_not_start_is_a_failed_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**options: object) -> None:
         assert options["address"] == "local"
@@ -34,6 +35,7 @@ def test_a_ray_that_does_not_start_is_a_failed_run(monkeypatch: pytest.MonkeyPat
         pass
 
 
+@pytest.mark.usefixtures("no_ray")
 def test_a_cluster_that_is_not_there_is_named_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray 2.60 alone waits for ten minutes."""
     with socket.socket() as nobody:

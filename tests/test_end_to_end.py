@@ -44,13 +44,13 @@ from r3hf_ray.instruments.toy.world import make_world
 from r3hf_ray.records.jsonl import read_jsonl
 from r3hf_ray.records.metrics import read_metrics
 from r3hf_ray.records.samples import sample_steps
-from r3hf_ray.session import ray_session
 from r3hf_ray.settings import load
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 STEPS, BEFORE_RESUME, PROMPTS = 5, 3, 8
 CPUS = 4.0
+"""Of `local_ray`."""
 TIMES = ("time", "time/", "perf/", "sync/seconds", "attempt")
 """What may differ between two runs of the same configuration."""
 
@@ -131,23 +131,22 @@ samples_every = 1
 
 
 @pytest.fixture(scope="module")
-def world(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(job: Path, local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """`world.run(name, *arguments)` runs `r3hf ppo job.toml` on the shared Ray; no wandb of the user is touched."""
     patch, home = pytest.MonkeyPatch(), str(tmp_path_factory.mktemp("wandb"))
     for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
         patch.setenv(name, home)
     folder = job.parent
-    with ray_session(CPUS):
 
-        def run(name: str, *arguments: str) -> Run:
-            said = folder / f"{name}.txt"
-            with said.open("a") as file, pytest.MonkeyPatch.context() as output:
-                output.setattr(sys, "stdout", file)
-                output.setattr(sys, "stderr", file)
-                code = main(["ppo", str(job), "--run.name", name, *arguments])
-            return Run(code, said.read_text(), folder / "runs" / name)
+    def run(name: str, *arguments: str) -> Run:
+        said = folder / f"{name}.txt"
+        with said.open("a") as file, pytest.MonkeyPatch.context() as output:
+            output.setattr(sys, "stdout", file)
+            output.setattr(sys, "stderr", file)
+            code = main(["ppo", str(job), "--run.name", name, *arguments])
+        return Run(code, said.read_text(), folder / "runs" / name)
 
-        yield World(folder, run)
+    yield World(folder, run)
     patch.undo()
 
 

@@ -157,7 +157,7 @@ class Actors:
 
 
 @pytest.fixture(scope="module")
-def all_actors(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Actors]:
+def all_actors(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Actors]:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     folder = tmp_path_factory.mktemp("fakes")
     options = {"num_cpus": 0, "max_restarts": -1}

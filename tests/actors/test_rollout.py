@@ -134,7 +134,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     folder = tmp_path_factory.mktemp("models")
     models = {kind: tiny_llama(tied=kind == "tied") for kind in KINDS}
@@ -146,6 +146,7 @@ def world(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     }
     samplers = ray.remote(Samplers).options(runtime_env={"env_vars": engine_environment(SECTION)}).remote(facts)
     yield World(samplers, ray.remote(WeightStore).options(num_cpus=0).remote(), models)
+    ray.kill(samplers)
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 

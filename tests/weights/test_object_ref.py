@@ -40,7 +40,7 @@ def tensors(version: int) -> Iterator[WeightTensor]:
 
 
 @pytest.fixture
-def store(ray_local: None) -> Iterator[Any]:
+def store(local_ray: None) -> Iterator[Any]:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     actor = ray.remote(OpenStore).options(num_cpus=0).remote()
     yield actor

@@ -13,6 +13,7 @@ def engine_facts(config: PPOConfig, plan: Plan) -> EngineFacts:
         model=config.model.policy,
         max_model_len=plan.max_model_len,
         eos_ids=plan.eos_ids,
+        unknown_ids=plan.unknown_ids,
         medium=medium_of(config.weights.backend),
     )
 

@@ -29,7 +29,7 @@ from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import arithmetic
 from r3hf_ray.errors import RunFailed, sentence_of
 from r3hf_ray.instruments.report.report import write_report
-from r3hf_ray.models.load import absolute
+from r3hf_ray.models.folder import absolute
 from r3hf_ray.preflight import Plan, check, check_resources
 from r3hf_ray.records.jsonl import JsonlLog
 from r3hf_ray.records.metrics import STEP, read_metrics

@@ -19,6 +19,10 @@ class DataError(ConfigError):
     """The data cannot be used as it is; one sentence that names the file, the line and what to do."""
 
 
+class Unusable(ValueError):
+    """A well-formed row that cannot be used; the message is the reason it is counted under."""
+
+
 class RunFailed(RuntimeError):
     """What had begun cannot go on; what was done stays on disk, and the command exits with code 1."""
 

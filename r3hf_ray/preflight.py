@@ -2,24 +2,17 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.data.chat import pooling_suffix
 from r3hf_ray.data.loading import PromptRow, Report, load_prompts
 from r3hf_ray.errors import ConfigError, ModelError
 from r3hf_ray.methods import METHODS
-from r3hf_ray.models.load import (
-    check_folder,
-    check_same_vocabulary,
-    eos_ids,
-    knows_ids,
-    load_tokenizer,
-    require_score_head,
-)
+from r3hf_ray.models.chat import pooling_suffix
+from r3hf_ray.models.folder import ModelFolder, check_same_vocabulary, knows_ids, load_tokenizer, read_config
+from r3hf_ray.models.load import require_score_head
 from r3hf_ray.scoring.method_inputs import sentence_end_ids
 from r3hf_ray.scoring.reward_prompts import measure_fit, translation_of
 from r3hf_ray.scoring.scorer import RewardModel, load_gold
@@ -46,6 +39,9 @@ class Plan:
     """Token ids of the held-out prompts."""
     report: Report
     eos_ids: tuple[int, ...]
+    """Every id that ends an answer (`ModelFolder.end_ids`)."""
+    unknown_ids: tuple[int, ...] = ()
+    """Ids of the policy's that are no token, and must not be sampled."""
     reward_models: dict[str, RewardModel]
     """What each reads, by name, the main one first."""
     max_model_len: int
@@ -65,16 +61,15 @@ def check(config: PPOConfig) -> Plan:
         sampler_gpus=config.rollout.gpus_per_actor,
         probe_tokens=config.weights.probe_tokens,
     )
-    check_folder(config.model.policy, "policy")
+    policy = ModelFolder(config.model.policy, "policy")
+    policy.require_language_model()
+    ends, tokenizer, window = policy.end_ids, policy.tokenizer, policy.window
     for source in config.model.reward_sources.values():
         _check_reward_model(source)
         if config.reward.backend == "vllm":
             require_readable(source, attention="attention" in config.reward.facts.needs)
     if config.critic.source:
         _check_reward_model(config.critic.source)
-    tokenizer = load_tokenizer(config.model.policy)
-    policy = _model_config(config.model.policy, "policy")
-    ends = eos_ids(tokenizer, policy, _generation_config(config.model.policy))
     if config.reward.gold:
         load_gold(config.reward.gold)
     if config.reward.gold_credit:
@@ -83,10 +78,9 @@ def check(config: PPOConfig) -> Plan:
     loaded = load_prompts(config.data, tokenizer)
     rows = loaded.train + loaded.heldout
     needed = max(len(row.token_ids) for row in rows) + config.rollout.max_response_tokens
-    _check_window(policy, rows, needed, config)
+    _check_window(window, rows, needed, config)
     if config.model.reference:
         _check_reference(config.model.reference, tokenizer, needed)
-    window = _window(policy)
     prompts, heldout = (
         [np.asarray(r.token_ids, dtype=np.int32) for r in part] for part in (loaded.train, loaded.heldout)
     )
@@ -101,6 +95,7 @@ def check(config: PPOConfig) -> Plan:
         heldout=heldout,
         report=loaded.report,
         eos_ids=tuple(ends),
+        unknown_ids=tuple(policy.unknown_ids),
         reward_models={name: model for name, (model, _) in models.items()},
         max_model_len=min(max(needed, config.weights.probe_tokens + 1), window),
         probe_ids=probe_sequence(prompts, min(config.weights.probe_tokens, window - 1)),
@@ -139,8 +134,7 @@ def check_resources(config: PPOConfig, available: dict[str, float]) -> None:
 
 
 def _check_reward_model(source: str) -> None:
-    check_folder(source, "reward model")
-    labels = _model_config(source, "reward model").num_labels
+    labels = read_config(source, "reward model").num_labels
     if labels != 1:
         raise ModelError(f"{source}: a reward model has one label, this has {labels}; train one with `r3hf reward`")
     require_score_head(source)
@@ -150,10 +144,11 @@ def _reward_model(
     name: str, source: str, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, rows: list[PromptRow]
 ) -> tuple[RewardModel, str]:
     """What a reward model reads, and what the user should know where that is not the policy's ids."""
-    own = load_tokenizer(source)
+    folder = ModelFolder(source, "reward model")
+    own = folder.tokenizer
     setting = config.reward.pooling_suffix
     suffix = tuple(pooling_suffix(source, own, setting if name == MAIN or setting == "none" else "auto"))
-    window = _window(_model_config(source, "reward model")) - len(suffix)
+    window = folder.window - len(suffix)
     translation = translation_of(rows, tokenizer, source, own, window=window)
     longest, growth, note = max(len(row.token_ids) for row in rows), 1.0, ""
     if translation is not None:
@@ -191,15 +186,15 @@ def _check_fit(name: str, source: str, loss: float, config: PPOConfig) -> None:
 
 def _check_reference(source: str, tokenizer: PreTrainedTokenizerBase, needed: int) -> None:
     """It reads the sampled ids as they are."""
-    check_folder(source, "reference")
+    reference = ModelFolder(source, "reference")
     try:
-        check_same_vocabulary(tokenizer, load_tokenizer(source))
+        check_same_vocabulary(tokenizer, reference.tokenizer)
+        reference.require_language_model()
     except ModelError as error:
         raise ConfigError(f"model.reference: {error}") from error
-    window = _window(_model_config(source, "reference"))
-    if needed > window:
+    if needed > reference.window:
         raise ConfigError(
-            f"model.reference: {source} can read {window} tokens, and the longest prompt with "
+            f"model.reference: {source} can read {reference.window} tokens, and the longest prompt with "
             f"rollout.max_response_tokens has {needed}: lower that or data.max_prompt_tokens, or leave model.reference "
             "out"
         )
@@ -231,8 +226,7 @@ def _check_method(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None
         sentence_end_ids(tokenizer)
 
 
-def _check_window(policy: PretrainedConfig, rows: list[PromptRow], needed: int, config: PPOConfig) -> None:
-    window = _window(policy)
+def _check_window(window: int, rows: list[PromptRow], needed: int, config: PPOConfig) -> None:
     if needed > window:
         longest = max(rows, key=lambda row: len(row.token_ids))
         raise ConfigError(
@@ -274,21 +268,3 @@ def _warnings(config: PPOConfig) -> list[str]:
     if config.rollout.max_lag > 0 and config.ppo.importance_cap is None:
         warnings.append("rollout.max_lag > 0 without ppo.importance_cap: off-policy samples get no importance weight")
     return warnings
-
-
-def _model_config(source: str, kind: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: cannot be loaded as {kind}: {str(error).strip().splitlines()[0]}") from error
-
-
-def _generation_config(source: str) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(source)
-    except OSError:  # a model folder need not have one
-        return None
-
-
-def _window(policy: PretrainedConfig) -> int:
-    return int(policy.get_text_config().max_position_embeddings)

@@ -12,15 +12,14 @@ from typing import Any
 
 from r3hf_ray.actors.supervised import fit_policy, fit_reward_model
 from r3hf_ray.config import RewardConfig, SFTConfig
-from r3hf_ray.data.chat import chat_format, save_format
 from r3hf_ray.data.loading import Loaded, Report, is_ranked, load_examples, load_groups, load_pairs
-from r3hf_ray.models.load import check_folder, load_tokenizer
+from r3hf_ray.models.chat_format import save_format
+from r3hf_ray.models.folder import ModelFolder
 from r3hf_ray.records.jsonl import JsonlLog
 from r3hf_ray.records.metrics import read_metrics
 from r3hf_ray.records.provenance import redacted, versions
 from r3hf_ray.records.run_folder import STAGE_MAY_CHANGE, STAGE_MAY_MOVE, check_run, open_run
 from r3hf_ray.records.wandb_run import WandbRun
-from r3hf_ray.sections.stages import SFTSection
 from r3hf_ray.training.trl_settings import split_batch
 
 Row = Mapping[str, Any]
@@ -65,11 +64,13 @@ def train_sft(
         RunFailed: training failed.
     """
     started = time.monotonic()
-    _check(config.sft, config.trainer.ranks, config.model.base)
+    section = config.sft
+    split_batch(section.batch_size, section.microbatch_size, config.trainer.ranks)
+    base = ModelFolder(config.model.base, "base model")
+    base.require_language_model()
     if resume and (finished := _finished(config)):
         return finished
-    tokenizer = load_tokenizer(config.model.base)
-    data = load_examples(config.data, tokenizer, max_tokens=config.sft.max_tokens)
+    data = load_examples(config.data, base.tokenizer, max_tokens=section.max_tokens)
     with _Records(config, data, resume=resume, on_row=on_row, note=note) as records:
         fit_policy(
             config, data.train, data.heldout, folder=records.folder, attempt=records.attempt, on_row=records.on_row
@@ -87,18 +88,18 @@ def train_reward(
     """Train a reward model on preferences; as `train_sft`, with `model/r3hf_format.json` beside the weights."""
     started = time.monotonic()
     section = config.reward_training
-    _check(section, config.trainer.ranks, config.model.base)
-    tokenizer = load_tokenizer(config.model.base)
+    split_batch(section.batch_size, section.microbatch_size, config.trainer.ranks)
+    base = ModelFolder(config.model.base, "base model")
     if resume and (finished := _finished(config)):
-        save_format(chat_format(tokenizer), finished.model)
+        save_format(base.chat.form, finished.model)
         return finished
     load = load_groups if is_ranked(config.data) else load_pairs
-    data: Loaded[Any] = load(config.data, tokenizer, max_tokens=section.max_tokens)
+    data: Loaded[Any] = load(config.data, base.tokenizer, max_tokens=section.max_tokens)
     with _Records(config, data, resume=resume, on_row=on_row, note=note) as records:
         fit_reward_model(
             config, data.train, data.heldout, folder=records.folder, attempt=records.attempt, on_row=records.on_row
         )
-        save_format(chat_format(tokenizer), records.folder / "model")
+        save_format(base.chat.form, records.folder / "model")
     return _result(records.folder, data.report, started)
 
 
@@ -135,11 +136,6 @@ class _Records:
         self._events.write({"event": "failure" if kind else "finished", **failure})
         self._events.close()
         self._wandb.finish(failed=kind is not None)
-
-
-def _check(section: SFTSection, ranks: int, base: str) -> None:
-    split_batch(section.batch_size, section.microbatch_size, ranks)
-    check_folder(base, "base model")
 
 
 def _finished(config: SFTConfig | RewardConfig) -> StageResult | None:

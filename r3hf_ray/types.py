@@ -9,6 +9,7 @@ prompt + response and is exactly 0 on the prompt. All arrays are numpy so that t
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TypedDict
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -17,6 +18,16 @@ MAIN = "reward"
 """Name of `model.reward_model` among the models that score a response."""
 COST = "cost"
 """Name of `model.cost` among them."""
+
+
+class Message(TypedDict):
+    """One turn of a dialogue, as chat templates read it.
+
+    Example: ``{"role": "user", "content": "Hi"}``
+    """
+
+    role: str
+    content: str
 
 
 class Finish(StrEnum):

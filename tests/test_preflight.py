@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from r3hf_ray.actor_settings import scoring_settings
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.data.chat import FORMAT_FILE
 from r3hf_ray.errors import ConfigError
+from r3hf_ray.models.chat_format import FORMAT_FILE
 from r3hf_ray.preflight import check, check_resources, probe_sequence
 from r3hf_ray.scoring.translation import prompt_key
 from r3hf_ray.types import COST, MAIN

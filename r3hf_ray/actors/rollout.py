@@ -35,6 +35,8 @@ class EngineFacts:
     eos_ids: tuple[int, ...]
     medium: str
     """How weights come: a name of `weights.media.MEDIA`."""
+    unknown_ids: tuple[int, ...] = ()
+    """Ids that are no token, and so must not be sampled."""
 
 
 class RolloutActor:
@@ -47,6 +49,8 @@ class RolloutActor:
         self._version: int | None = None
         self._received = False
         self._llm = make_engine(section, facts)
+        if facts.unknown_ids:
+            self._llm.collective_rpc("r3hf_mask_logits", args=(list(facts.unknown_ids),))
 
     def ping(self) -> None:
         """Answer, once the engine stands."""

@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from r3hf_ray.actors.environment import ACTORS
 from r3hf_ray.config import RewardConfig, SFTConfig
 from r3hf_ray.errors import RunFailed
-from r3hf_ray.models.load import absolute
+from r3hf_ray.models.folder import absolute
 from r3hf_ray.sections.actors import TrainerSection
 from r3hf_ray.training.reward_model import train_on_groups, train_on_pairs
 from r3hf_ray.training.sft import train_policy

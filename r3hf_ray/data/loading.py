@@ -12,13 +12,13 @@ from typing import Any, Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from r3hf_ray.data.chat import ChatFormat, answer_ids, chat_format, prompt_ids, render_prompt
-from r3hf_ray.data.messages import Message, Unusable, plain
+from r3hf_ray.data.messages import plain
 from r3hf_ray.data.records import NO_PREFERENCE, Record, detect, parse
 from r3hf_ray.data.sources import Source, open_source
-from r3hf_ray.errors import ConfigError, DataError, sentence_of
+from r3hf_ray.errors import ConfigError, DataError, Unusable, sentence_of
+from r3hf_ray.models.chat import Chat, Prompt
 from r3hf_ray.sections.data import DataSection
-from r3hf_ray.types import Example, Pair, RankedGroup
+from r3hf_ray.types import Example, Message, Pair, RankedGroup
 
 T = TypeVar("T")
 _LISTED = 20
@@ -108,10 +108,11 @@ def load_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Loade
     Raises:
         DataError: unreadable data, or no usable row.
     """
+    chat = Chat(tokenizer)
 
     def prompt(number: int, record: Record) -> PromptRow:
-        text, ids = _prompt(record, data, tokenizer)
-        return PromptRow(number, ids, text, record.prompt)
+        rendered = _prompt(record, data, chat)
+        return PromptRow(number, rendered.token_ids, rendered.text, record.prompt)
 
     return _load(data, prompt)
 
@@ -122,16 +123,16 @@ def load_examples(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_
     Raises:
         DataError: unreadable data, no answers, or no usable row.
     """
-    form = chat_format(tokenizer)
+    chat = Chat(tokenizer)
 
     def example(_: int, record: Record) -> Example:
         if not record.answers:
             raise Unusable(record.lacks)
-        prompt, (answer,) = _sequences(record, [record.best], data, tokenizer, form, max_tokens)
+        prompt, (answer,) = _sequences(record, [record.best], data, chat, max_tokens)
         return Example(prompt_ids=prompt, answer_ids=answer)
 
     loaded = _load(data, example)
-    _require_end(form, [e.answer_ids for e in loaded.train], tokenizer, data)
+    _require_end(chat, [e.answer_ids for e in loaded.train], data)
     return loaded
 
 
@@ -144,18 +145,18 @@ def load_pairs(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_tok
     Raises:
         DataError: unreadable data, or no usable row.
     """
-    form = chat_format(tokenizer)
+    chat = Chat(tokenizer)
 
     def pair(_: int, record: Record) -> Pair:
         winner, loser = _told(record)[0]
         texts = [record.answers[winner], record.answers[loser]]
-        prompt, (chosen, rejected) = _sequences(record, texts, data, tokenizer, form, max_tokens)
+        prompt, (chosen, rejected) = _sequences(record, texts, data, chat, max_tokens)
         if chosen == rejected:
             raise Unusable(_EQUAL)
         return Pair(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected)
 
     loaded = _load(data, pair)
-    _require_end(form, [p.chosen_ids for p in loaded.train], tokenizer, data)
+    _require_end(chat, [p.chosen_ids for p in loaded.train], data)
     return loaded
 
 
@@ -167,18 +168,18 @@ def load_groups(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_to
     Raises:
         DataError: unreadable data, or no usable row.
     """
-    form = chat_format(tokenizer)
+    chat = Chat(tokenizer)
 
     def group(_: int, record: Record) -> RankedGroup:
         told = _told(record)
-        prompt, answers = _sequences(record, record.answers, data, tokenizer, form, max_tokens)
+        prompt, answers = _sequences(record, record.answers, data, chat, max_tokens)
         pairs = [(winner, loser) for winner, loser in told if answers[winner] != answers[loser]]
         if not pairs:
             raise Unusable(_EQUAL)
         return RankedGroup(prompt_tokens=len(prompt), sequences=[prompt + answer for answer in answers], pairs=pairs)
 
     loaded = _load(data, group)
-    _require_end(form, [list(s) for g in loaded.train for s in g.sequences], tokenizer, data)
+    _require_end(chat, [list(s) for g in loaded.train for s in g.sequences], data)
     return loaded
 
 
@@ -269,38 +270,31 @@ def _format(data: DataSection, row: Mapping[str, Any]) -> str:
     return detect(row, data.source)
 
 
-def _prompt(record: Record, data: DataSection, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
-    text = render_prompt(record.prompt, tokenizer)
-    ids = prompt_ids(text, tokenizer)
-    if len(ids) > data.max_prompt_tokens:
+def _prompt(record: Record, data: DataSection, chat: Chat) -> Prompt:
+    prompt = chat.prompt(record.prompt)
+    if len(prompt.token_ids) > data.max_prompt_tokens:
         raise Unusable(f"prompt over {data.max_prompt_tokens} tokens")
-    if not ids:
+    if not prompt.token_ids:
         raise Unusable("empty prompt")
-    return text, ids
+    return prompt
 
 
 def _sequences(
-    record: Record,
-    texts: list[str],
-    data: DataSection,
-    tokenizer: PreTrainedTokenizerBase,
-    form: ChatFormat,
-    max_tokens: int,
+    record: Record, texts: list[str], data: DataSection, chat: Chat, max_tokens: int
 ) -> tuple[list[int], list[list[int]]]:
     """Prompt ids and the ids of each answer."""
-    _, prompt = _prompt(record, data, tokenizer)
-    answers = [answer_ids(text, form, tokenizer) for text in texts]
-    if len(prompt) + max(map(len, answers)) > max_tokens:
+    prompt = _prompt(record, data, chat)
+    answers = [chat.answer(prompt, text) for text in texts]
+    if len(prompt.token_ids) + max(map(len, answers)) > max_tokens:
         raise Unusable(f"over {max_tokens} tokens")
-    return prompt, answers
+    return prompt.token_ids, answers
 
 
-def _require_end(
-    form: ChatFormat, rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, data: DataSection
-) -> None:
+def _require_end(chat: Chat, rows: list[list[int]], data: DataSection) -> None:
     """Where the template ends no answer, the data must: a model that never saw EOS would never stop."""
-    if not form.end and not any(tokenizer.eos_token_id in ids for ids in rows):
+    eos = chat.tokenizer.eos_token
+    if not chat.form.end and not any(chat.tokenizer.eos_token_id in ids for ids in rows):
         raise DataError(
-            f"{data.source}: no answer ends with {tokenizer.eos_token!r} and the chat template of "
-            f"{tokenizer.name_or_path} adds no end either; correct the template"
+            f"{data.source}: no answer ends with {eos!r} and the chat template of {chat.tokenizer.name_or_path} adds "
+            "no end either; correct the template"
         )

@@ -5,18 +5,10 @@ Text stays text: it is never made from a number, and where it is missing, or is 
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
-
-class Message(TypedDict):
-    """One turn of a dialogue, as chat templates read it."""
-
-    role: str
-    content: str
-
-
-class Unusable(ValueError):
-    """A well-formed row that cannot be used; the message is the reason it is counted under."""
+from r3hf_ray.errors import Unusable
+from r3hf_ray.types import Message
 
 
 def messages_of(value: Any, field: str) -> list[Message]:

@@ -23,8 +23,6 @@ from typing import Any
 from r3hf_ray.data.messages import (
     ASSISTANT,
     TURN,
-    Message,
-    Unusable,
     blank,
     dialogue,
     messages_of,
@@ -34,7 +32,8 @@ from r3hf_ray.data.messages import (
     text_of,
     transcript,
 )
-from r3hf_ray.errors import DataError
+from r3hf_ray.errors import DataError, Unusable
+from r3hf_ray.types import Message
 
 
 @dataclass(frozen=True, slots=True)

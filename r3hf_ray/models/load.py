@@ -1,4 +1,8 @@
-"""Models and tokenizers from folders or the hub, checked where a wrong one would otherwise train silently."""
+"""The weights of models, from folders or the hub, checked where a wrong one would otherwise train silently.
+
+A model is run as it was made. The attention is the fastest that gives the scores of the plain one; a model whose own
+forward says something else than our way through trunk and head is refused.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,95 +10,66 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from r3hf_ray.errors import ModelError
-from r3hf_ray.models.running_sum import RunningSumConfig, RunningSumForSequenceClassification
+from r3hf_ray.models.folder import check_folder, first_line, load_tokenizer, read_config, unknown_ids
+from r3hf_ray.models.running_sum import RunningSumConfig, RunningSumForSequenceClassification, running_sum
 
 CAUSALITY_TOKENS = 16
 """Length of the random sequence that `require_causal` reads. [tokens]"""
-
-
-def check_folder(source: str | Path, kind: str) -> None:
-    """Refuse a local path that holds no model; anything that does not look like a path is left to the hub.
-
-    Args:
-        source: folder or hub name.
-        kind: what it is for ("policy", "reward model"), used in the sentence.
-
-    Raises:
-        ModelError: the folder is absent or has no config.json.
-    """
-    path = Path(source)
-    looks_local = path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2
-    if not path.exists() and looks_local:
-        raise ModelError(f"{source}: no such folder for the {kind}; train it first or name another")
-    if path.exists() and not (path / "config.json").is_file():
-        raise ModelError(f"{source}: no model folder (no config.json); name a folder that transformers saved as {kind}")
-
-
-def absolute(source: str) -> str:
-    """A local folder as an absolute path, since Ray's workers run in another directory; a hub name stays as it is."""
-    return str(Path(source).resolve()) if Path(source).exists() else source
-
-
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model folder.
-
-    Raises:
-        ModelError: there is none.
-    """
-    check_folder(source, "tokenizer")
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: no tokenizer ({_first_line(error)}); save it beside the model") from error
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+"""Largest difference of two ways through one model, in parts of the largest value; their rounding differs."""
+MASKED = -1e9
+"""Logit of an id that is no token: its probability is 0, and so is its part of an entropy, which -inf would spoil."""
+_CLASSIFIER_HEADS = ("score.", "token_score.", "classifier.")
 
 
 def load_policy(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model in eval mode (no dropout), with SDPA attention, on the CPU.
+    """A causal language model in eval mode (no dropout), on the CPU; it gives ids that are no token no probability.
 
     Raises:
-        ModelError: it cannot be loaded, weights are missing, or its logits are more than `lm_head(hidden)`:
-            logprobs project the response's hidden states only, so soft-capped or scaled logits would come out wrong.
+        ModelError: it cannot be loaded, weights are missing, it is a classifier, or its logits are more than
+            `lm_head(hidden)`: logprobs project the response's hidden states only, so soft-capped or scaled logits would
+            come out wrong.
     """
-    model = _load(AutoModelForCausalLM, source, dtype, "policy")
-    ids = torch.arange(8)[None] + 1
+    model, report = _load(AutoModelForCausalLM, source, dtype, "policy")
+    heads = [key for key in sorted(report["unexpected_keys"]) if key.startswith(_CLASSIFIER_HEADS)]
+    if heads:
+        raise ModelError(f"{source}: holds {heads[0]}, so it is a reward model and no policy; name a language model")
     with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits
-        logits = model.get_output_embeddings()(hidden_states(model, ids, torch.ones_like(ids)))
-    if not torch.allclose(logits.float(), expected.float(), rtol=1e-5, atol=1e-6, equal_nan=True):
+        ids, mask = _probe(model)
+        ours = model.get_output_embeddings()(_hidden_as_made(model, ids, mask))
+        said = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    if not _close(ours, said, TOLERANCE[dtype] / 10):
         raise ModelError(f"{source}: it caps or scales its logits behind lm_head, which is not supported")
+    _mask_unknown(model, source)
     return model
 
 
-def load_reward_model(source: str | Path, dtype: torch.dtype, *, attention: str = "sdpa") -> PreTrainedModel:
+def load_reward_model(source: str | Path, dtype: torch.dtype, *, attention: str | None = None) -> PreTrainedModel:
     """A sequence classifier with one label in eval mode; trunk in ``dtype``, its ``score`` head always in float32.
 
     Args:
         source: folder or hub name.
         dtype: of the trunk.
-        attention: "sdpa", or "eager", the one that can return its attention maps.
+        attention: "eager", the one that can return its attention maps; None: the fastest that keeps the scores.
 
     Raises:
-        ModelError: it cannot be loaded, has another number of labels, lacks trained weights, or is no decoder with a
-            linear ``score`` head.
+        ModelError: it cannot be loaded, has another number of labels, lacks trained weights, is no decoder with a
+            linear ``score`` head, or its own score of a sequence is not what this head says at the last token.
     """
     check_folder(source, "reward model")
-    labels = _config(source, "reward model").num_labels
+    labels = read_config(source, "reward model").num_labels
     if labels != 1:
         raise ModelError(f"{source}: a reward model has one label, this has {labels}; train one with `r3hf reward`")
-    model = _load(AutoModelForSequenceClassification, source, dtype, "reward model", attention)
-    score_head(model).float()
+    model, _ = _load(AutoModelForSequenceClassification, source, dtype, "reward model", attention)
+    _require_own_scores(model)
     return model
 
 
@@ -109,16 +84,17 @@ def untrained_reward_model(source: str | Path, *, head: str) -> PreTrainedModel:
         ModelError: it cannot be loaded, or it is a running-sum reward model and the other kind is asked for.
     """
     check_folder(source, "base model")
-    sums = isinstance(_config(source, "base model"), RunningSumConfig)
+    config = read_config(source, "base model")
+    sums, options = isinstance(config, RunningSumConfig), {"dtype": torch.float32, **_attention(config)}
     if sums and head != "running_sum":
         wanted = 'set reward_training.head = "running_sum", or name another base'
         raise ModelError(f"{source}: a reward model whose head is a running sum; {wanted}")
     if sums or head == "last_token":
-        return _weights(AutoModelForSequenceClassification, source, "base model", num_labels=1, dtype=torch.float32)
-    trunk = _weights(AutoModel, source, "base model", dtype=torch.float32)
-    config = RunningSumConfig(text_config=trunk.config, attn_implementation=trunk.config._attn_implementation)
+        return _weights(AutoModelForSequenceClassification, source, "base model", num_labels=1, **options)
+    trunk = _weights(AutoModel, source, "base model", **options)
+    sum_config = RunningSumConfig(text_config=trunk.config, attn_implementation=trunk.config._attn_implementation)
     with torch.device("meta"):
-        model = RunningSumForSequenceClassification(config)
+        model = RunningSumForSequenceClassification(sum_config)
     model.model = trunk
     nn.init.zeros_(model.token_score.to_empty(device="cpu").weight)
     return model
@@ -143,12 +119,12 @@ def require_score_head(source: str | Path) -> None:
     Raises:
         ModelError: as `score_head`, or there is no sequence classifier of this kind.
     """
-    config = _config(source, "reward model")
+    config = read_config(source, "reward model")
     try:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: cannot be loaded as reward model: {_first_line(error)}") from error
+        raise ModelError(f"{source}: cannot be loaded as reward model: {first_line(error)}") from error
     score_head(model)
 
 
@@ -156,66 +132,6 @@ def hidden_states(model: PreTrainedModel, token_ids: Tensor, attention_mask: Ten
     """Last hidden states ``[B, T, H]`` of a model's trunk, without any head."""
     trunk = model.base_model
     return trunk(input_ids=token_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-
-
-def eos_ids(
-    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, generation_config: GenerationConfig | None = None
-) -> list[int]:
-    """Every id that ends a response: the tokenizer's, the model's and its generation config's, in that order.
-
-    Raises:
-        ModelError: there is none, so no response could ever finish.
-    """
-    named = [tokenizer.eos_token_id, config.get_text_config().eos_token_id]
-    named += [generation_config.eos_token_id] if generation_config is not None else []
-    ids: dict[int, None] = {}
-    for value in named:
-        ids.update(dict.fromkeys(value if isinstance(value, list) else [value] if value is not None else []))
-    if not ids:
-        raise ModelError(f"{tokenizer.name_or_path}: no end-of-sequence token; set eos_token in its tokenizer")
-    return list(ids)
-
-
-def ensure_distinct_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Give tokenizer, config and generation config one pad token that is not EOS.
-
-    With ``pad == eos`` transformers pools a classifier one token early and training masks EOS away. A pad token that
-    is already distinct is kept; else an unused special token is taken; else one is added and the embedding grows.
-    """
-    generation = model.generation_config if model.can_generate() else None
-    ends = eos_ids(tokenizer, model.config, generation)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
-        spare = _spare_special_token(tokenizer, ends)
-        if spare is None:
-            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-        else:
-            tokenizer.pad_token = spare
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if generation is not None:
-        generation.pad_token_id = tokenizer.pad_token_id
-
-
-def check_same_vocabulary(policy_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The frozen reference, and an audited reward model, read the sampled ids, which must mean the same to them.
-
-    Raises:
-        ModelError: the vocabularies differ.
-    """
-    ours, theirs = policy_tokenizer.get_vocab(), tokenizer.get_vocab()
-    if ours != theirs:
-        different = sum(theirs.get(token) != index for token, index in ours.items()) + len(theirs.keys() - ours.keys())
-        raise ModelError(
-            f"{tokenizer.name_or_path}: its vocabulary differs from the policy's in {different} tokens; "
-            "use a model trained from the same base"
-        )
-
-
-def knows_ids(tokenizer: PreTrainedTokenizerBase, policy_tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the two vocabularies are one, but for tokens added to this one (a pad token)."""
-    ours, theirs = policy_tokenizer.get_vocab().items(), tokenizer.get_vocab().items()
-    return ours <= theirs and theirs - ours <= tokenizer.get_added_vocab().items()
 
 
 @torch.no_grad()
@@ -240,23 +156,82 @@ def require_causal(model: PreTrainedModel, vocab_size: int) -> None:
         )
 
 
-def _config(source: str | Path, kind: str) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: cannot be loaded as {kind}: {_first_line(error)}") from error
-
-
 def _load(
-    auto_class: Any, source: str | Path, dtype: torch.dtype, kind: str, attention: str = "sdpa"
-) -> PreTrainedModel:
+    auto_class: Any, source: str | Path, dtype: torch.dtype, kind: str, attention: str | None = None
+) -> tuple[PreTrainedModel, dict[str, set[str]]]:
+    """The model in eval mode, and what transformers says of the keys in its files."""
     check_folder(source, kind)
-    options = {"attn_implementation": attention, "use_safetensors": True, "output_loading_info": True}
-    model, report = _weights(auto_class, source, kind, dtype=dtype, **options)
+    asked = {"attn_implementation": attention} if attention else _attention(read_config(source, kind))
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **asked}
+    model, report = _weights(auto_class, source, kind, **options)
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise ModelError(f"{source}: no trained weights for {missing}, so it is no {kind}; name a folder that has them")
-    return model.eval()
+    return model.eval(), report
+
+
+def _attention(config: PreTrainedConfig) -> dict[str, str]:
+    """What to ask of transformers: its choice is SDPA, which leaves soft-capping out without a word."""
+    said = config.get_text_config().to_dict()
+    capped = any(value and "attn" in name and "softcap" in name for name, value in said.items())
+    return {"attn_implementation": "eager"} if capped else {}
+
+
+def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Ids from all over the vocabulary, the last one no padding, and their mask."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, CAUSALITY_TOKENS + 1) * rows // (CAUSALITY_TOKENS + 1)
+    ids[-1] -= int(ids[-1] == model.config.get_text_config().pad_token_id)
+    return ids[None], torch.ones_like(ids)[None]
+
+
+def _hidden_as_made(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states under the attention that transformers has chosen, or under the plain one where that is another."""
+    chosen, fast = model.config._attn_implementation, hidden_states(model, ids, mask)
+    if chosen == "eager":
+        return fast
+    model.set_attn_implementation("eager")
+    plain = hidden_states(model, ids, mask)
+    if not _close(fast, plain, TOLERANCE[model.dtype]):
+        return plain
+    model.set_attn_implementation(chosen)
+    return fast
+
+
+@torch.no_grad()
+def _require_own_scores(model: PreTrainedModel) -> None:
+    """Refuse a reward model whose own score of a probe is not what its head says at the last token, or summed."""
+    head, (ids, mask) = score_head(model), _probe(model)
+    head.float()  # a head that is read in float32 is one already
+    scores = head(_hidden_as_made(model, ids, mask).float())[..., 0]
+    if isinstance(model, RunningSumForSequenceClassification):
+        scores = running_sum(scores, mask)
+    with head.register_forward_pre_hook(lambda _, given: (given[0].float(),)):
+        said = model(input_ids=ids, attention_mask=mask).logits
+    own = torch.cat([scores[:, :-1], said], dim=1)  # the others say how large scores are
+    if not _close(scores, own, TOLERANCE[model.dtype]):
+        raise ModelError(
+            f"{model.name_or_path}: its own score of a probe is {said.item():.4g}, and its head says "
+            f"{scores[0, -1]:.4g} at the last token, so it reads a sequence in another way; use a model that scores at "
+            "the last token"
+        )
+
+
+def _close(ours: Tensor, said: Tensor, tolerance: float) -> bool:
+    scale = float(said.float().nan_to_num().abs().max())
+    return torch.allclose(ours.float(), said.float(), rtol=0.0, atol=tolerance * scale, equal_nan=True)
+
+
+def _mask_unknown(model: PreTrainedModel, source: str | Path) -> None:
+    """Let the head give ids that are no token of the folder's tokenizer no probability, wherever it is called."""
+    head = model.get_output_embeddings()
+    try:
+        tokenizer = load_tokenizer(source)
+    except ModelError:  # then nothing is known of what its ids mean
+        return
+    unknown = torch.tensor(unknown_ids(tokenizer, head.weight.shape[0]), dtype=torch.long)
+    if len(unknown):
+        head.register_forward_hook(lambda _, given, logits: logits.index_fill_(-1, unknown.to(logits.device), MASKED))
 
 
 def _weights(auto_class: Any, source: str | Path, kind: str, **options: Any) -> Any:
@@ -266,18 +241,15 @@ def _weights(auto_class: Any, source: str | Path, kind: str, **options: Any) -> 
         ModelError: it gives nothing; its reason, one line.
     """
     try:
+        if auto_class is AutoModelForSequenceClassification:
+            _keep_head(read_config(source, kind))
         return auto_class.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: cannot be loaded as {kind}: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"{source}: cannot be loaded as {kind}: {first_line(error)}") from error
 
 
-def _spare_special_token(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> str | None:
-    taken = {*ends, tokenizer.bos_token_id, tokenizer.unk_token_id}
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    special = [t.content for _, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special]
-    unused = [t for t in special if tokenizer.convert_tokens_to_ids(t) not in taken and t not in template]
-    return next((t for t in unused if "pad" in t.lower()), unused[0] if unused else None)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _keep_head(config: PreTrainedConfig) -> None:
+    """Let transformers read a ``score`` head in the float32 it may be saved in, whatever the trunk's data type."""
+    kind = AutoModelForSequenceClassification._model_mapping.get(type(config), None)
+    if kind is not None:
+        kind._keep_in_fp32_modules_strict = {*(kind._keep_in_fp32_modules_strict or ()), "score"}

@@ -46,7 +46,7 @@ class RunningSumForSequenceClassification(PreTrainedModel):
         super().__init__(config)
         self.num_labels = 1
         self.model = AutoModel.from_config(config.text_config)
-        self.token_score = nn.Linear(config.text_config.get_text_config().hidden_size, 1, bias=False)
+        self.token_score = nn.Linear(state_size(config.text_config), 1, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -80,6 +80,12 @@ class RunningSumForSequenceClassification(PreTrainedModel):
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
         )
+
+
+def state_size(config: PreTrainedConfig) -> int:
+    """Size of a trunk's last hidden states, which OPT projects to that of its embeddings."""
+    text = config.get_text_config()
+    return int(text.to_dict().get("word_embed_proj_dim") or text.hidden_size)
 
 
 def running_sum(token_scores: Tensor, attention_mask: Tensor) -> Tensor:

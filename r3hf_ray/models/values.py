@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from r3hf_ray.models.load import hidden_states, load_policy, load_reward_model, score_head
-from r3hf_ray.models.running_sum import RunningSumForSequenceClassification, running_sum
+from r3hf_ray.models.running_sum import RunningSumForSequenceClassification, running_sum, state_size
 
 
 class Critic(nn.Module):
@@ -33,7 +33,7 @@ class Critic(nn.Module):
         if not scale > 0.0:
             raise ValueError(f"a critic's scale must be positive, got {scale}")
         self.trunk = trunk
-        self.head = nn.Linear(trunk.config.get_text_config().hidden_size, 1)
+        self.head = nn.Linear(state_size(trunk.config), 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.register_buffer("mean", torch.tensor(mean))

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from r3hf_ray.algorithms.redistribution import FUNCTIONS, Method, RedistributionInputs
 from r3hf_ray.algorithms.spans import ends_sentence, entropy_ends, ngram_ends, sentence_ends
 from r3hf_ray.errors import ModelError
-from r3hf_ray.models.load import load_tokenizer
+from r3hf_ray.models.folder import load_tokenizer
 from r3hf_ray.sections.rewards import RewardSection
 from r3hf_ray.user_functions import user_function
 

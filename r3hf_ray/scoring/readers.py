@@ -107,7 +107,7 @@ class SameIds:
             ModelError: it cannot be loaded, or prefixes are read and it looks ahead.
         """
         self._settings = settings
-        attention = "eager" if settings.attention else "sdpa"
+        attention = "eager" if settings.attention else None
         self.model = load_reward_model(settings.source, settings.dtype, attention=attention).to(settings.device)
         if settings.prefixes:
             require_causal(self.model, self.model.get_input_embeddings().num_embeddings)

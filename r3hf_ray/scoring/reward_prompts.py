@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from r3hf_ray.data.chat import chat_format, prompt_ids, render_prompt, trained_format
 from r3hf_ray.data.loading import PromptRow
 from r3hf_ray.errors import DataError
-from r3hf_ray.models.load import knows_ids
+from r3hf_ray.models.chat import Chat
+from r3hf_ray.models.chat_format import chat_format, trained_format
+from r3hf_ray.models.folder import knows_ids
 from r3hf_ray.scoring.translation import Translation, Translator, prompt_key
 
 SAMPLE_ROWS = 64
@@ -47,7 +48,7 @@ def translation_of(
         rows: every prompt of the run.
         policy_tokenizer: with the policy's template.
         reward_model: its folder or hub name.
-        reward_tokenizer: its own; it is given the template that the model was trained with.
+        reward_tokenizer: its own.
         window: longest prompt + response + end it can read. [tokens]
 
     Raises:
@@ -57,13 +58,12 @@ def translation_of(
     same_ids = knows_ids(reward_tokenizer, policy_tokenizer)
     if same_ids and (theirs is None or replace(theirs, suffix="") == replace(ours, suffix="")):
         return None
-    theirs = theirs or chat_format(reward_tokenizer)
-    reward_tokenizer.chat_template = theirs.chat_template
-    rendered = [_render(row, reward_model, reward_tokenizer) for row in rows]
+    chat = Chat(reward_tokenizer, theirs)
+    theirs = chat.form
+    rendered = [_render(row, reward_model, chat) for row in rows]
     same_frame = (theirs.before, theirs.end) == (ours.before, ours.end)
     if same_ids and same_frame and rendered == [row.token_ids for row in rows]:
         return None
-    end_ids = reward_tokenizer.encode(theirs.end or str(reward_tokenizer.eos_token or ""), add_special_tokens=False)
     return Translation(
         prompts={
             prompt_key(np.asarray(row.token_ids)): np.asarray(ids, np.int32)
@@ -71,8 +71,8 @@ def translation_of(
         },
         policy_before=ours.before,
         before=theirs.before,
-        end_ids=tuple(end_ids),
-        max_tokens=window - len(end_ids),
+        end_ids=tuple(chat.end_ids),
+        max_tokens=window - len(chat.end_ids),
     )
 
 
@@ -99,9 +99,9 @@ def measure_fit(
     )
 
 
-def _render(row: PromptRow, reward_model: str, reward_tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _render(row: PromptRow, reward_model: str, chat: Chat) -> list[int]:
     try:
-        ids = prompt_ids(render_prompt(row.messages, reward_tokenizer), reward_tokenizer)
+        ids = chat.prompt(row.messages).token_ids
     except Exception as error:  # its template's refusal, or whatever the library of its tokenizer raises
         raise DataError(
             f"row {row.row}: {reward_model} cannot read this prompt ({error}); leave the row out or use another reward "

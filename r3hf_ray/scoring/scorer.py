@@ -11,7 +11,8 @@ from torch import Tensor
 from r3hf_ray.algorithms.batching import microbatches, pad_rows
 from r3hf_ray.algorithms.redistribution import PrefixScores, RedistributionInputs, redistribute, settle_eos_jump
 from r3hf_ray.errors import ConfigError
-from r3hf_ray.models.load import load_policy, load_tokenizer
+from r3hf_ray.models.folder import load_tokenizer
+from r3hf_ray.models.load import load_policy
 from r3hf_ray.models.logprobs import token_logprobs, token_logprobs_and_entropy
 from r3hf_ray.models.sharding import DTYPES
 from r3hf_ray.scoring.method_inputs import bind_method, needs_entropy

@@ -2,7 +2,7 @@
 
 A prompt was rendered for both from the same dialogue, before the run; the table `Translation.prompts` says which ids
 stand for which. A response travels as text: spelled by the policy's tokenizer, cut anew by the reward model's, apart
-from its prompt as everywhere (`data.chat`). With one vocabulary and two templates its ids stay as they were sampled.
+from its prompt as everywhere (`models.chat`). With one vocabulary and two templates its ids stay as they were sampled.
 
 The reward model reads the whole response in one forward, so its tokens are those of the whole text: of a prefix alone
 it might have made others. Scores are still taken only where no character to come has been read.
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.algorithms.alignment import boundaries, unmapped
 from r3hf_ray.errors import ModelError
-from r3hf_ray.models.load import knows_ids
+from r3hf_ray.models.folder import knows_ids
 
 UNREADABLE = "\ufffd"
 """What a decoder puts for bytes that are no character, or not yet."""

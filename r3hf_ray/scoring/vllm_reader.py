@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from r3hf_ray.algorithms.redistribution import PrefixScores
 from r3hf_ray.errors import ModelError
+from r3hf_ray.models.folder import window
 from r3hf_ray.models.running_sum import RunningSumConfig
 from r3hf_ray.scoring.prefix_scores import at_prefixes
 from r3hf_ray.scoring.readers import ReaderSettings, Reading, SameIds, Sampled
@@ -116,7 +117,7 @@ def require_readable(source: str, *, attention: bool) -> None:
 def probe(settings: ReaderSettings) -> Sampled:
     """Rows of random ids, every other one finished, the same for every model with this vocabulary and window."""
     config = AutoConfig.from_pretrained(settings.source).get_text_config()
-    longest = config.max_position_embeddings - len(settings.suffix_ids)
+    longest = window(config) - len(settings.suffix_ids)
     lengths = [min(length, longest) for length in PROBE_LENGTHS]
     generator = np.random.default_rng(0)
     return Sampled.of(

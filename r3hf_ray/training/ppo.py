@@ -19,7 +19,8 @@ from r3hf_ray.algorithms.lagrange import next_multiplier
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import DivergenceError, TelescopingError
 from r3hf_ray.models import checkpoint
-from r3hf_ray.models.load import eos_ids, load_policy, load_tokenizer
+from r3hf_ray.models.folder import ModelFolder
+from r3hf_ray.models.load import load_policy
 from r3hf_ray.models.logprobs import Policy
 from r3hf_ray.models.sharding import (
     DTYPES,
@@ -81,8 +82,10 @@ class PPOLearner:
         self.step = 0
         self.scales = dict.fromkeys(config.model.weights(0.0), RewardScale()) | {MAIN: scale}
         self.kl_coef, self.multiplier = config.ppo.kl_coef, config.cost.multiplier
-        self.tokenizer = load_tokenizer(config.model.policy)
+        folder = ModelFolder(config.model.policy, "policy")
+        self.tokenizer, self._pad_id = folder.tokenizer, folder.pad_id
         self.policy = Policy(load_policy(config.model.policy, torch.float32)).eval().to(self.device)
+        folder.name_ends(self.policy.model)
         self.critic = _load_critic(config, scale).eval().to(self.device) if config.has_critic else None
         self._shard(mesh)
         rates = {"policy": config.optimizer.policy_lr, "critic": config.optimizer.critic_lr}
@@ -93,9 +96,6 @@ class PPOLearner:
         self._optimizer_steps = 0
         self.first: dict[str, float] = {}
         self._capsules = capsules or config.run.folder / config.run.name / "divergence"
-        self._pad_id = self.tokenizer.pad_token_id
-        if self._pad_id is None:
-            self._pad_id = eos_ids(self.tokenizer, self.policy.model.config)[0]
         self._last: tuple[list[ScoredTrajectory], Experience] | None = None
         self._seconds: dict[str, float] = {}
 

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from r3hf_ray.algorithms.credit import binomial_interval
 from r3hf_ray.config import RewardConfig
-from r3hf_ray.models.load import ensure_distinct_pad, load_tokenizer, score_head, untrained_reward_model
+from r3hf_ray.models.folder import ModelFolder
+from r3hf_ray.models.load import score_head, untrained_reward_model
 from r3hf_ray.models.sharding import DTYPES
 from r3hf_ray.scoring.prefix_scores import scores_so_far
 from r3hf_ray.training.ranking import cut_fraction, cut_length, pair_accuracy, train_ranked
@@ -111,10 +112,10 @@ def train_on_groups(
 def _start(config: RewardConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model's trunk under a fresh score head, the same on every rank; weights stay float32 in training."""
     set_seed(config.run.seed)
-    tokenizer = load_tokenizer(config.model.base)
+    base = ModelFolder(config.model.base, "base model")
     model = untrained_reward_model(config.model.base, head=config.reward_training.head)
-    ensure_distinct_pad(tokenizer, model)
-    return model, tokenizer
+    base.settle_tokens(model)
+    return model, base.tokenizer
 
 
 def _prefix_aware_trainer(weight: float, seed: int) -> Any:

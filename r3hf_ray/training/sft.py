@@ -12,7 +12,8 @@ from datasets import Dataset
 from transformers import PrinterCallback
 
 from r3hf_ray.config import SFTConfig
-from r3hf_ray.models.load import ensure_distinct_pad, load_policy, load_tokenizer
+from r3hf_ray.models.folder import ModelFolder
+from r3hf_ray.models.load import load_policy
 from r3hf_ray.training.trl_settings import MetricsCallback, arguments, save_model
 from r3hf_ray.types import Example
 
@@ -43,9 +44,9 @@ def train_policy(
     from trl import SFTConfig as Arguments
     from trl import SFTTrainer
 
-    tokenizer = load_tokenizer(config.model.base)
+    base = ModelFolder(config.model.base, "base model")
     model = load_policy(config.model.base, torch.float32)
-    ensure_distinct_pad(tokenizer, model)
+    base.settle_tokens(model)
     model.train()
     settings = arguments(config.sft, config.trainer, config.model, seed=config.run.seed, folder=folder.parent)
     trainer = SFTTrainer(
@@ -53,14 +54,14 @@ def train_policy(
         args=Arguments(max_length=None, **settings),
         train_dataset=_rows(examples),
         eval_dataset=_rows(heldout) if heldout else None,
-        processing_class=tokenizer,
+        processing_class=base.tokenizer,
         callbacks=[MetricsCallback("sft", on_metrics)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     if heldout:
         trainer.evaluate()
-    save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder)
+    save_model(trainer.accelerator.unwrap_model(trainer.model), base.tokenizer, folder)
 
 
 def _rows(examples: Sequence[Example]) -> Dataset:

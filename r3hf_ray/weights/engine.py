@@ -98,6 +98,23 @@ class WorkerExtension:
     """Methods that vLLM mixes into its worker, reachable through `collective_rpc`."""
 
     weight_transfer_engine: Any
+    model_runner: Any
+
+    def r3hf_mask_logits(self, ids: list[int]) -> None:
+        """Let the engine give these ids no probability, in sampling and in a prompt's logprobs alike.
+
+        At the model's own logits, since vLLM's logits processors and allowed ids leave a prompt's logprobs as they are.
+        """
+        model = self.model_runner.get_model()
+        compute = model.compute_logits
+
+        def masked(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+            logits = compute(*args, **kwargs)
+            if logits is not None:  # only one rank of a tensor-parallel group has them
+                logits[..., ids] = float("-inf")
+            return logits
+
+        model.compute_logits = masked
 
     def r3hf_loaded_fingerprint(self) -> str:
         """What the last weight update really loaded."""

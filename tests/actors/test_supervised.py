@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from r3hf_ray.actors.supervised import _new_rows
 from r3hf_ray.config import RewardConfig, SFTConfig
-from r3hf_ray.data.chat import FORMAT_FILE
 from r3hf_ray.errors import ConfigError, RunFailed
 from r3hf_ray.instruments.toy.language import make_tokenizer
-from r3hf_ray.models.load import load_tokenizer
+from r3hf_ray.models.chat_format import FORMAT_FILE
+from r3hf_ray.models.folder import load_tokenizer
 from r3hf_ray.prepare import train_reward, train_sft
 from r3hf_ray.records.jsonl import read_jsonl
 from r3hf_ray.records.metrics import read_metrics

@@ -25,7 +25,7 @@ from transformers import (
 
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import ConfigError
-from r3hf_ray.models.load import load_tokenizer
+from r3hf_ray.models.folder import load_tokenizer
 
 PROMPT_TOKENS = 16
 PROMPTS = 512

@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 
-from r3hf_ray.data.messages import Unusable
 from r3hf_ray.data.records import Record, detect, parse
-from r3hf_ray.errors import DataError
+from r3hf_ray.errors import DataError, Unusable
 
 USER = {"role": "user", "content": "Hi"}
 ASKED = [USER]

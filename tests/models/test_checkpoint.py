@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from r3hf_ray.errors import CheckpointError
 from r3hf_ray.models import checkpoint
-from r3hf_ray.models.load import load_policy, load_tokenizer
+from r3hf_ray.models.folder import load_tokenizer
+from r3hf_ray.models.load import load_policy
 from r3hf_ray.models.logprobs import Policy
 from r3hf_ray.models.sharding import full_parameters, make_mesh, shard
 

@@ -15,17 +15,8 @@ from transformers import (
 )
 
 from r3hf_ray.errors import ConfigError, ModelError
-from r3hf_ray.models.load import (
-    check_folder,
-    check_same_vocabulary,
-    ensure_distinct_pad,
-    eos_ids,
-    load_policy,
-    load_reward_model,
-    load_tokenizer,
-    require_causal,
-    untrained_reward_model,
-)
+from r3hf_ray.models.folder import ModelFolder, check_folder, check_same_vocabulary, eos_ids, load_tokenizer
+from r3hf_ray.models.load import load_policy, load_reward_model, require_causal, untrained_reward_model
 
 
 @pytest.fixture
@@ -109,21 +100,23 @@ def test_every_eos_id_counts(tokenizer):
         eos_ids(tokenizer, LlamaConfig(eos_token_id=None))
 
 
-def test_a_distinct_pad_is_kept(tiny_models, tokenizer):
-    model = load_policy(tiny_models.policy, torch.float32)
-    ensure_distinct_pad(tokenizer, model)
+def test_a_distinct_pad_is_kept(tiny_models):
+    model, folder = load_policy(tiny_models.policy, torch.float32), ModelFolder(tiny_models.policy, "base model")
+    folder.settle_tokens(model)
+    tokenizer = folder.tokenizer
     assert tokenizer.pad_token == "<pad>" and model.config.pad_token_id == 0 and len(tokenizer) == 40
 
 
 @pytest.mark.parametrize("spare", [None, "<|spare|>"])
-def test_pad_equal_to_eos_is_replaced_everywhere(tiny_models, tokenizer, tmp_path, spare):
-    model = load_policy(tiny_models.policy, torch.float32)
+def test_pad_equal_to_eos_is_replaced_everywhere(tiny_models, tmp_path, spare):
+    model, folder = load_policy(tiny_models.policy, torch.float32), ModelFolder(tiny_models.policy, "base model")
+    tokenizer = folder.tokenizer
     if spare:
         tokenizer.add_special_tokens({"additional_special_tokens": [spare]})
     tokenizer.pad_token = "<eos>"
     # every special token but `spare` is in use
-    tokenizer.chat_template = "<pad>{{ messages }}"
-    ensure_distinct_pad(tokenizer, model)
+    tokenizer.chat_template = "<pad>{% for m in messages %} {{ m['content'] }}{% endfor %}"
+    folder.settle_tokens(model)
     assert tokenizer.pad_token == (spare or "<|pad|>")
     assert tokenizer.pad_token_id == model.config.pad_token_id == model.generation_config.pad_token_id == 40
     assert model.get_input_embeddings().weight.shape[0] == model.get_output_embeddings().weight.shape[0] == 41

@@ -18,10 +18,9 @@ from transformers import (
 )
 
 from r3hf_ray.errors import ModelError
+from r3hf_ray.models.folder import ModelFolder
 from r3hf_ray.models.load import (
-    ensure_distinct_pad,
     load_reward_model,
-    load_tokenizer,
     require_causal,
     require_score_head,
     score_head,
@@ -174,10 +173,14 @@ def test_its_head_stays_float32_above_a_bfloat16_trunk(sum_models):
 
 @torch.no_grad()
 def test_a_pad_token_that_grows_the_embedding_is_saved_with_it(tiny_models, tmp_path):
-    tokenizer = load_tokenizer(tiny_models.policy)
-    tokenizer.pad_token, tokenizer.chat_template = "<eos>", "<pad>{{ messages }}"
+    folder = ModelFolder(tiny_models.policy, "base model")
+    tokenizer = folder.tokenizer
+    tokenizer.pad_token, tokenizer.chat_template = (
+        "<eos>",
+        "<pad>{% for m in messages %} {{ m['content'] }}{% endfor %}",
+    )
     model = untrained_reward_model(tiny_models.policy, head="running_sum")
-    ensure_distinct_pad(tokenizer, model)
+    folder.settle_tokens(model)
     assert model.get_input_embeddings().weight.shape[0] == model.config.text_config.vocab_size == 41
     assert tokenizer.pad_token_id == model.config.text_config.pad_token_id == 40
     torch.nn.init.normal_(model.token_score.weight)

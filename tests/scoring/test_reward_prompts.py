@@ -11,10 +11,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from r3hf_ray.data.chat import FORMAT_FILE, chat_format, prompt_ids, render_prompt, save_format
 from r3hf_ray.data.loading import PromptRow
 from r3hf_ray.errors import DataError, ModelError
 from r3hf_ray.instruments.toy.language import make_tokenizer
+from r3hf_ray.models.chat import Chat
+from r3hf_ray.models.chat_format import FORMAT_FILE, chat_format, save_format
 from r3hf_ray.scoring.reward_prompts import Fit, measure_fit, translation_of
 from r3hf_ray.scoring.translation import Translation, prompt_key
 
@@ -29,8 +30,8 @@ def rows_of(tokenizer: PreTrainedTokenizerFast) -> list[PromptRow]:
     rows = []
     for number, content in enumerate(ASKED, start=1):
         messages = [{"role": "user", "content": content}]
-        text = render_prompt(messages, tokenizer)
-        rows.append(PromptRow(number, prompt_ids(text, tokenizer), text, messages))
+        prompt = Chat(tokenizer).prompt(messages)
+        rows.append(PromptRow(number, prompt.token_ids, prompt.text, messages))
     return rows
 
 

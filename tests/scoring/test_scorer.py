@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from r3hf_ray.algorithms.redistribution import PrefixScores
 from r3hf_ray.errors import ConfigError, ModelError
-from r3hf_ray.models.load import load_tokenizer
+from r3hf_ray.models.folder import load_tokenizer
 from r3hf_ray.scoring.readers import ReaderSettings, Reading, Sampled
 from r3hf_ray.scoring.scorer import RewardModel, Scorer, ScoringSettings, load_gold
 from r3hf_ray.scoring.translation import Translation, prompt_key

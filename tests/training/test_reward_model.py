@@ -10,7 +10,8 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from r3hf_ray.config import RewardConfig
-from r3hf_ray.models.load import ensure_distinct_pad, load_reward_model, score_head, untrained_reward_model
+from r3hf_ray.models.folder import ModelFolder
+from r3hf_ray.models.load import load_reward_model, score_head, untrained_reward_model
 from r3hf_ray.training import reward_model
 from r3hf_ray.training.ranking import cut_fraction, cut_length, pair_accuracy, scores_of_prefixes
 from r3hf_ray.training.reward_model import train_on_groups, train_on_pairs
@@ -152,13 +153,13 @@ def random_heads(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """Reward models that training goes on from, so that the first losses are not log 2."""
     folders = {}
     for head in ("last_token", "running_sum"):
-        model, tokenizer = untrained_reward_model(base_model, head=head), AutoTokenizer.from_pretrained(base_model)
-        ensure_distinct_pad(tokenizer, model)
+        model, base = untrained_reward_model(base_model, head=head), ModelFolder(base_model, "base model")
+        base.settle_tokens(model)
         torch.manual_seed(3)
         torch.nn.init.normal_(score_head(model).weight, std=0.1)
         folders[head] = tmp_path_factory.mktemp(head) / "base"
         model.save_pretrained(folders[head])
-        tokenizer.save_pretrained(folders[head])
+        base.tokenizer.save_pretrained(folders[head])
     return folders
 
 

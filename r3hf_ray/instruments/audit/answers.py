@@ -20,18 +20,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from r3hf_ray.algorithms.batching import microbatches, pad_rows
 from r3hf_ray.algorithms.redistribution import FUNCTIONS, PrefixScores, redistribute, telescoping_error
 from r3hf_ray.algorithms.spans import sentence_ends
-from r3hf_ray.data.chat import ChatFormat, chat_format, pooling_suffix
 from r3hf_ray.errors import ModelError
 from r3hf_ray.methods import METHODS
-from r3hf_ray.models.load import (
-    check_same_vocabulary,
-    eos_ids,
-    load_policy,
-    load_reward_model,
-    load_tokenizer,
-    require_causal,
-    score_head,
-)
+from r3hf_ray.models.chat import Chat, pooling_suffix
+from r3hf_ray.models.folder import ModelFolder, check_same_vocabulary, load_tokenizer
+from r3hf_ray.models.load import load_policy, load_reward_model, require_causal, score_head
 from r3hf_ray.models.logprobs import token_logprobs
 from r3hf_ray.scoring.method_inputs import sentence_end_ids
 from r3hf_ray.scoring.prefix_scores import prefix_scores, prefix_scores_and_attention
@@ -84,7 +77,7 @@ class Judge:
     source: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    form: ChatFormat
+    chat: Chat
     suffix_ids: list[int]
     """Read after an end token before pooling."""
     ends: frozenset[int]
@@ -100,21 +93,18 @@ def load_judge(source: str, *, attention: bool = False) -> Judge:
     Raises:
         ModelError: no decoder-only reward model with one linear head, or it looks ahead.
     """
-    model = load_reward_model(source, torch.float32, attention="eager" if attention else "sdpa")
-    tokenizer = load_tokenizer(source)
+    model = load_reward_model(source, torch.float32, attention="eager" if attention else None)
+    folder = ModelFolder(source, "reward model")
     require_causal(model, model.get_input_embeddings().num_embeddings)
-    form = chat_format(tokenizer)
-    suffix = pooling_suffix(source, tokenizer, "auto")
-    ends = {*eos_ids(tokenizer, model.config), *tokenizer.encode(form.end, add_special_tokens=False)[-1:]}
-    window = int(model.config.get_text_config().max_position_embeddings) - len(suffix)
+    suffix = pooling_suffix(source, folder.tokenizer, "auto")
     return Judge(
         source=source,
         model=model.to(_device()),
-        tokenizer=tokenizer,
-        form=form,
+        tokenizer=folder.tokenizer,
+        chat=folder.chat,
         suffix_ids=suffix,
-        ends=frozenset(ends),
-        window=window,
+        ends=frozenset(folder.end_ids),
+        window=folder.window - len(suffix),
         reads_attention=attention,
     )
 
@@ -128,7 +118,7 @@ def untrained(judge: Judge, *, seed: int) -> Judge:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa"
+            config, dtype=torch.float32, attn_implementation=judge.model.config._attn_implementation
         )
         head = score_head(model)
         nn.init.normal_(head.weight, std=head.in_features**-0.5)  # a fresh running-sum head is 0

@@ -23,15 +23,13 @@ from typing import Annotated, Any
 import numpy as np
 from jaxtyping import Bool, Float64
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, field_validator
-from transformers import PreTrainedTokenizerBase
 
-from r3hf_ray.data.chat import answer_ids, prompt_ids, render_prompt
 from r3hf_ray.data.loading import Report, read_rows
-from r3hf_ray.data.messages import Message, Unusable
 from r3hf_ray.data.sources import open_source
-from r3hf_ray.errors import DataError, ModelError
+from r3hf_ray.errors import DataError, ModelError, Unusable
 from r3hf_ray.instruments.audit.answers import Answer, Judge
 from r3hf_ray.sections.data import DataSection
+from r3hf_ray.types import Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,24 +89,15 @@ def tokenise(prompt: Sequence[Message], text: str, judge: Judge) -> Text:
 
     Raises:
         Unusable: empty, or longer than the model's window.
-        ModelError: a tokenizer without offsets, or whose offsets belong to other ids.
+        ModelError: a tokenizer without offsets.
     """
-    tokenizer, form = judge.tokenizer, judge.form
-    ids = answer_ids(text, form, tokenizer)
-    kept = text.strip()
-    kept = kept.removesuffix(form.end).rstrip() if form.end else kept
-    given = _with_offsets(tokenizer, form.before + kept + form.end)
-    if given["input_ids"] != ids:
-        raise ModelError(f"{judge.source}: its tokenizer gives other tokens with offsets than without")
-    head = prompt_ids(render_prompt(prompt, tokenizer), tokenizer)
-    if len(head) + len(ids) > judge.window:
+    head = judge.chat.prompt(prompt)
+    given = judge.chat.encoded_answer(head, text)
+    if not given.offsets:
+        raise ModelError(f"{judge.source}: only a fast tokenizer says which characters a token covers")
+    if len(head.token_ids) + len(given.token_ids) > judge.window:
         raise Unusable(f"over {judge.window} tokens")
-    start = len(text) - len(text.lstrip()) - len(form.before)
-    end = start + len(form.before) + len(kept)
-    offsets = (
-        (min(max(a + start, start + len(form.before)), end), min(b + start, end)) for a, b in given["offset_mapping"]
-    )
-    return Text(text=text, answer=Answer(head, ids), offsets=tuple((a, max(a, b)) for a, b in offsets))
+    return Text(text=text, answer=Answer(head.token_ids, given.token_ids), offsets=tuple(given.offsets))
 
 
 def on_characters(credit: Float64[np.ndarray, "T"], text: Text) -> Float64[np.ndarray, "C"]:
@@ -232,10 +221,3 @@ def _own(row: Mapping[str, Any]) -> tuple[str, list[Message], str, Sequence[_Mar
     given = _Own.model_validate(row)
     prompt = [Message(role=turn.role, content=turn.content) for turn in given.prompt]
     return prompt[-1]["content"], prompt, given.response, given.spans, given.corrected or ""
-
-
-def _with_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> Mapping[str, Any]:
-    if not tokenizer.is_fast:
-        raise ModelError(f"{tokenizer.name_or_path}: only a fast tokenizer says which characters a token covers")
-    given: Mapping[str, Any] = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return given

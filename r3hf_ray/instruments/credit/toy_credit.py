@@ -25,7 +25,8 @@ from r3hf_ray.instruments.pages.intervals import Estimate, mean_interval
 from r3hf_ray.instruments.toy.author import noisy_response
 from r3hf_ray.instruments.toy.language import VOCABULARY, ToyRequest, gold_credit, make_request, phrase_ids
 from r3hf_ray.instruments.toy.sampling import render_prompt, sample_responses
-from r3hf_ray.models.load import load_policy, load_tokenizer
+from r3hf_ray.models.folder import load_tokenizer
+from r3hf_ray.models.load import load_policy
 
 CONTROLS = ("random", "position", "oracle")
 LAMBDAS = (0.95, 1.0)

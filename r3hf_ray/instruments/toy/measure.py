@@ -12,7 +12,8 @@ from r3hf_ray.algorithms.credit import auc, pearson, phrase_sums
 from r3hf_ray.algorithms.redistribution import redistribute
 from r3hf_ray.instruments.toy.language import ToyRequest, gold_credit, phrase_ids
 from r3hf_ray.instruments.toy.sampling import ToySample, sample_responses
-from r3hf_ray.models.load import load_policy, load_reward_model, load_tokenizer
+from r3hf_ray.models.folder import load_tokenizer
+from r3hf_ray.models.load import load_policy, load_reward_model
 from r3hf_ray.scoring.prefix_scores import prefix_scores
 
 

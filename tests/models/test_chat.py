@@ -7,40 +7,32 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from r3hf_ray.data.chat import (
-    FORMAT_FILE,
-    ChatFormat,
-    answer_ids,
-    chat_format,
-    pooling_suffix,
-    prompt_ids,
-    render_prompt,
-    save_format,
-    trained_format,
-)
-from r3hf_ray.data.messages import Message, Unusable
-from r3hf_ray.errors import DataError
+from r3hf_ray.errors import DataError, Unusable
 from r3hf_ray.instruments.toy.language import make_tokenizer
+from r3hf_ray.models.chat import Chat, pooling_suffix
+from r3hf_ray.models.chat_format import FORMAT_FILE, ChatFormat, chat_format, save_format, trained_format
+from r3hf_ray.types import Message
 
 ASKED: list[Message] = [{"role": "user", "content": "Hi"}]
 END = 2
 
 
 def test_prompt_and_answer_are_what_the_template_renders(tokenizer: PreTrainedTokenizerFast) -> None:
-    form = chat_format(tokenizer)
+    chat = Chat(tokenizer)
+    form, prompt = chat.form, chat.prompt(ASKED)
     assert (form.before, form.end, form.suffix) == ("", "<|im_end|>", "\n")
-    text = render_prompt(ASKED, tokenizer)
-    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt.text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     whole = [*ASKED, {"role": "assistant", "content": "Yes"}]
-    ids = prompt_ids(text, tokenizer) + answer_ids(" Yes\n", form, tokenizer)
+    ids = prompt.token_ids + chat.answer(prompt, " Yes\n")
     rendered = tokenizer.apply_chat_template(whole, tokenize=False)
     assert ids + tokenizer.encode(form.suffix) == tokenizer.encode(rendered, add_special_tokens=False)
 
 
 def test_an_answer_ends_once(tokenizer: PreTrainedTokenizerFast) -> None:
-    form = chat_format(tokenizer)
-    ids = answer_ids("Yes<|im_end|>", form, tokenizer)
-    assert ids == answer_ids("Yes", form, tokenizer)
+    chat = Chat(tokenizer)
+    prompt = chat.prompt(ASKED)
+    ids = chat.answer(prompt, "Yes<|im_end|>")
+    assert ids == chat.answer(prompt, "Yes")
     assert ids.count(END) == 1
     assert ids[-1] == END
 
@@ -48,30 +40,35 @@ def test_an_answer_ends_once(tokenizer: PreTrainedTokenizerFast) -> None:
 @pytest.mark.parametrize("text", ["", "  \n", "<|im_end|>"])
 def test_an_empty_answer_is_unusable(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     with pytest.raises(Unusable, match="empty answer"):
-        answer_ids(text, chat_format(tokenizer), tokenizer)
+        Chat(tokenizer).answer(Chat(tokenizer).prompt(ASKED), text)
 
 
 def test_without_a_template_dialogues_are_plain(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     turns: list[Message] = [*ASKED, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "More"}]
-    text = render_prompt(turns, plain_tokenizer)
-    assert text == "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: More\n\nAssistant:"
-    ids = answer_ids("Sure", chat_format(plain_tokenizer), plain_tokenizer)
+    chat = Chat(plain_tokenizer)
+    prompt = chat.prompt(turns)
+    assert prompt.text == "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: More\n\nAssistant:"
+    ids = chat.answer(prompt, "Sure")
     assert plain_tokenizer.decode(ids) == " Sure<|im_end|>"
 
 
 def test_a_template_that_ends_nothing_leaves_the_end_to_the_answer() -> None:
     toy = make_tokenizer()
-    form = chat_format(toy)
-    assert form.end == ""
-    cut, whole = (answer_ids(text, form, toy) for text in ("um .", "um . <eos>"))
+    chat = Chat(toy)
+    assert chat.form.end == ""
+    prompt = chat.prompt([{"role": "user", "content": "baking no-jokes politely"}])
+    cut, whole = (chat.answer(prompt, text) for text in ("um .", "um . <eos>"))
     assert whole == [*cut, toy.eos_token_id]
 
 
 def test_a_refusing_template_makes_the_row_unusable(tokenizer: PreTrainedTokenizerFast) -> None:
     picky = make_tokenizer()
-    picky.chat_template = "{% if messages|length > 2 %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    picky.chat_template = (
+        "{% if messages|length > 2 %}{{ raise_exception('roles must alternate') }}{% endif %}"
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    )
     with pytest.raises(Unusable, match="roles must alternate"):
-        render_prompt(ASKED * 3, picky)
+        Chat(picky).prompt(ASKED * 3)
 
 
 def test_a_reward_model_remembers_its_format(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -115,4 +112,4 @@ def test_space_before_the_answer_is_read_off_the_template(tokenizer: PreTrainedT
         "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} "
         "{{ m['content'] }} <eos>{% endif %}{% endfor %}"
     )
-    assert chat_format(spaced) == ChatFormat(spaced.chat_template, " ", "<eos>", "")
+    assert chat_format(spaced) == ChatFormat(spaced.chat_template, " ", "<eos>", "", gap=" ")

@@ -1,5 +1,6 @@
 """Every job in jobs/ loads with the schema of its command, and can stand next to the others."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from r3hf_ray.data.sources import LOCAL_SUFFIXES
 from r3hf_ray.instruments.compare.comparison import plan_runs
 from r3hf_ray.instruments.compare.settings import CompareConfig
 from r3hf_ray.settings import Command, load
+from r3hf_ray.user_functions import user_function
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted((ROOT / "jobs").rglob("*.toml"))
@@ -106,3 +108,10 @@ def test_a_hub_dataset_holds_files_of_the_shape_that_is_read(path: Path) -> None
 def test_run_names_do_not_collide() -> None:
     names = [load(schema_of(path), path, []).run.name for path in JOBS]
     assert len(names) == len(set(names)), f"two jobs would write into one folder: {sorted(names)}"
+
+
+def test_every_function_that_a_job_names_exists() -> None:
+    named = {name for path in JOBS for name in re.findall(r'"([a-z_]\w*(?:\.\w+)+:\w+)"', path.read_text())}
+    assert len(named) >= 4, "user's functions are found by their form, package.module:function"
+    for name in sorted(named):
+        assert callable(user_function(name, field="jobs"))

@@ -129,8 +129,8 @@ def test_tables_show_what_was_measured(results: Results) -> None:
 
 
 def test_markdown_and_json_hold_facts_targets_and_every_number(results: Results) -> None:
-    text = markdown(results, {"command": "`r3hf bench`", "git commit": "0123456789ab"})
-    assert text.startswith("# Benchmark: tiny\n\n- command: `r3hf bench`\n- git commit: 0123456789ab\n")
+    text = markdown(results, {"command": "`make bench`", "git commit": "0123456789ab"})
+    assert text.startswith("# Benchmark: tiny\n\n- command: `make bench`\n- git commit: 0123456789ab\n")
     assert "| step at lag 0 / sum of the bare loops | 1.25 | at most 1.3 | yes |" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.endswith(" |") for line in tables)

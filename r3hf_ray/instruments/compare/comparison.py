@@ -17,7 +17,7 @@ from r3hf_ray.errors import ConfigError
 from r3hf_ray.instruments.compare.arm_runs import MeasuredRun, PlannedRun, is_finished, outcome_of, read_run
 from r3hf_ray.instruments.compare.baselines import lacking
 from r3hf_ray.instruments.compare.comparison_page import write_comparison
-from r3hf_ray.instruments.compare.expectations import arm_results, judge_expectations
+from r3hf_ray.instruments.compare.expectations import results_of
 from r3hf_ray.instruments.compare.schedules import Schedule, check_schedules, parse_schedule
 from r3hf_ray.instruments.compare.screening import check_in_process, screened
 from r3hf_ray.instruments.compare.settings import CompareConfig
@@ -51,23 +51,19 @@ def compare(config: CompareConfig, *, only: Sequence[str], report_only: bool, co
     plan = plan_runs(config)
     unknown = sorted(set(only) - {arm.name for arm in config.arms})
     if unknown:
-        raise ConfigError(f"--only: no arm is called {', '.join(unknown)}; there are {_names(config)}")
+        names = ", ".join(arm.name for arm in config.arms)
+        raise ConfigError(f"--only: no arm is called {', '.join(unknown)}; there are {names}")
     if config.toy:
-        ToyModels(config.toy, root_of(config)).check()
+        ToyModels(config.toy, config.root).check()
     for run in plan:
         check_finished(config, run)
     chosen = [run for run in plan if not only or run.arm in only]
     failed = [] if report_only else _run_missing(config, chosen, plan, console)
-    page = report(config, plan, console)
+    page = write_results(config, plan, console)
     console.print(f"page: {page}", markup=False)
     for run in failed:
-        console.print(f"failed: {run.folder.name} (see {root_of(config) / EVENTS})", markup=False)
+        console.print(f"failed: {run.folder.name} (see {config.root / EVENTS})", markup=False)
     return 1 if failed else 0
-
-
-def root_of(config: CompareConfig) -> Path:
-    """The comparison's folder, absolute."""
-    return (config.run.folder / config.run.name).resolve()
 
 
 def plan_runs(config: CompareConfig) -> list[PlannedRun]:
@@ -78,16 +74,15 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
     Raises:
         ConfigError: an arm's settings are not those of `r3hf ppo`.
     """
-    root = root_of(config)
-    shared = ToyModels(config.toy, root).overrides() if config.toy else []
-    shared += config.compare.overrides
+    root = str(config.root)
+    shared = [*(ToyModels(config.toy, config.root).overrides() if config.toy else ()), *config.compare.overrides]
     longest = max(len(config.seeds_of(arm)) for arm in config.arms)
     places = [(arm, place) for place in range(longest) for arm in config.arms if place < len(config.seeds_of(arm))]
     runs = []
     for arm, place in places:
         seed = config.seeds_of(arm)[place]
-        own = ["--run.folder", str(root), "--run.name", f"{arm.name}-s{seed}", "--run.seed", str(seed)]
-        own += [word.replace("{folder}", str(root)) for word in (*shared, *arm.overrides)]
+        own = ["--run.folder", root, "--run.name", f"{arm.name}-s{seed}", "--run.seed", str(seed)]
+        own += [word.replace("{folder}", root) for word in (*shared, *arm.overrides)]
         try:
             ppo = load(PPOConfig, config.compare.job, own)
         except ConfigError as error:
@@ -101,7 +96,7 @@ def plan_runs(config: CompareConfig) -> list[PlannedRun]:
 
 def read_runs(config: CompareConfig, plan: Sequence[PlannedRun]) -> list[MeasuredRun]:
     """The runs as their folders show them; a run that could not even begin has its reason from an earlier call."""
-    last = {(event["arm"], event["seed"]): event for event in read_jsonl(root_of(config) / EVENTS)}
+    last = {(event["arm"], event["seed"]): event for event in read_jsonl(config.root / EVENTS)}
     runs = []
     for planned in plan:
         run, event = read_run(planned, config.compare), last.get((planned.arm, planned.seed), {})
@@ -111,13 +106,12 @@ def read_runs(config: CompareConfig, plan: Sequence[PlannedRun]) -> list[Measure
     return runs
 
 
-def report(config: CompareConfig, plan: Sequence[PlannedRun], console: Console) -> Path:
+def write_results(config: CompareConfig, plan: Sequence[PlannedRun], console: Console) -> Path:
     """Write page, table and numbers from what the folders hold, and say what became of the expectations."""
-    results = arm_results(config, read_runs(config, plan))
-    bars = judge_expectations(config, results)
-    page = write_comparison(root_of(config), config, results, bars, lacking(plan))
-    for bar in bars:
-        console.print(f"{bar.verdict}: {bar.sentence}: {bar.found}", markup=False)
+    results = results_of(config, read_runs(config, plan), lacking(plan))
+    page = write_comparison(config.root, results)
+    for one in results.expectations:
+        console.print(f"{one.verdict}: {one.sentence}: {one.found}", markup=False)
     return page
 
 
@@ -130,13 +124,13 @@ def _run_missing(
     failed: list[PlannedRun] = []
     if not waiting:
         return failed
-    with JsonlLog(root_of(config) / EVENTS) as events:
+    with JsonlLog(config.root / EVENTS) as events:
         for run, outcome in _outcomes(config, waiting, console):
             events.write({"arm": run.arm, "seed": run.seed, **outcome})
             if outcome["event"] == "failed":
                 failed.append(run)
                 console.print(f"failed: {outcome['reason']}; going on with the next", markup=False)
-            report(config, plan, Console(quiet=True))
+            write_results(config, plan, Console(quiet=True))
     return failed
 
 
@@ -144,7 +138,7 @@ def _outcomes(
     config: CompareConfig, waiting: Sequence[PlannedRun], console: Console
 ) -> Iterator[tuple[PlannedRun, dict[str, Any]]]:
     """Each run with what became of it, after the models they share."""
-    models = ToyModels(config.toy, root_of(config)) if config.toy else None
+    models = ToyModels(config.toy, config.root) if config.toy else None
     processes = config.compare.in_process
     if not processes or (models and not models.complete()):  # a screening that is resumed needs no Ray
         with ray_session(config.run.cpus):
@@ -197,7 +191,3 @@ def check_finished(config: CompareConfig, run: PlannedRun) -> None:
 
 def _way(in_process: bool, schedules: Sequence[str]) -> str:
     return ("screened" if in_process else "run by the system") + (f" with {', '.join(schedules)}" if schedules else "")
-
-
-def _names(config: CompareConfig) -> str:
-    return ", ".join(arm.name for arm in config.arms)

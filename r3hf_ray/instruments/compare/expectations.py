@@ -56,30 +56,54 @@ class JudgedExpectation:
     verdict: Literal["met", "missed", "not run"]
 
 
-def arm_results(config: CompareConfig, records: Sequence[MeasuredRun]) -> list[ArmResult]:
-    """Arms in the order of the configuration."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparisonResults:
+    """All that a comparison shows."""
+
+    config: CompareConfig
+    arms: list[ArmResult]
+    """In the order of the configuration."""
+    expectations: list[JudgedExpectation]
+    lacking: str
+    """Which arms of a whole comparison are not here (`baselines.lacking`)."""
+
+    @property
+    def runs(self) -> list[MeasuredRun]:
+        """Of all arms."""
+        return [run for arm in self.arms for run in arm.runs]
+
+    @property
+    def baseline(self) -> ArmResult:
+        """The arm that the others are held against."""
+        return next(arm for arm in self.arms if arm.baseline)
+
+    @property
+    def judged(self) -> list[JudgedExpectation]:
+        """Expectations that the finished runs can tell."""
+        return [one for one in self.expectations if one.verdict != "not run"]
+
+
+def results_of(config: CompareConfig, runs: Sequence[MeasuredRun], lacking: str = "") -> ComparisonResults:
+    """Every arm over its seeds, and every expectation against the finished runs."""
     reached = {
-        arm.name: {r.seed: r.reached for r in records if r.arm == arm.name and r.status == "finished"}
+        arm.name: {run.seed: run.reached for run in runs if run.arm == arm.name and run.status == "finished"}
         for arm in config.arms
     }
     baseline = config.compare.baseline
-    return [
+    arms = [
         ArmResult(
             name=arm.name,
             group=arm.group,
             baseline=arm.name == baseline,
-            runs=tuple(record for record in records if record.arm == arm.name),
+            runs=tuple(run for run in runs if run.arm == arm.name),
             ratios=() if arm.name == baseline else tuple(paired_ratios(reached[arm.name], reached[baseline])),
             pairs=len(set(reached[arm.name]) & set(reached[baseline])),
         )
         for arm in config.arms
     ]
-
-
-def judge_expectations(config: CompareConfig, results: Sequence[ArmResult]) -> list[JudgedExpectation]:
-    """Every expectation of the configuration against the finished runs."""
-    arms = {result.name: result for result in results}
-    return [_judge(bar, arms, config.compare) for bar in config.bars]
+    by_name = {arm.name: arm for arm in arms}
+    expectations = [_judge(bar, by_name, config.compare) for bar in config.bars]
+    return ComparisonResults(config=config, arms=arms, expectations=expectations, lacking=lacking)
 
 
 def _judge(bar: Expectation, arms: Mapping[str, ArmResult], settings: CompareSection) -> JudgedExpectation:

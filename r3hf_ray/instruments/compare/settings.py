@@ -95,6 +95,11 @@ class CompareConfig(Command):
     arms: Annotated[tuple[Arm, ...], Field(min_length=1)]
     bars: tuple[Expectation, ...] = ()
 
+    @property
+    def root(self) -> Path:
+        """The comparison's folder, absolute."""
+        return (self.run.folder / self.run.name).resolve()
+
     def seeds_of(self, arm: Arm) -> tuple[int, ...]:
         """The arm's own seeds, or those of the comparison."""
         return arm.seeds or self.compare.seeds

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from r3hf_ray.instruments.compare.arm_runs import MeasuredRun, RunStatus
-from r3hf_ray.instruments.compare.expectations import arm_results, judge_expectations
+from r3hf_ray.instruments.compare.expectations import results_of
 from r3hf_ray.instruments.compare.settings import Arm, CompareConfig, CompareSection, Expectation
 from r3hf_ray.instruments.compare.statistics import Reach
 from r3hf_ray.sections.runs import RunSection
@@ -54,7 +54,7 @@ def test_ratio_bars(
     settings = config(measure, bound)
     records = [record("sparse", seed, at) for seed, at in enumerate(sparse)]
     records += [record("dense", seed, at) for seed, at in enumerate(dense)]
-    (bar,) = judge_expectations(settings, arm_results(settings, records))
+    (bar,) = results_of(settings, records).expectations
     assert bar.verdict == verdict, bar.found
 
 
@@ -65,7 +65,7 @@ def test_gold_is_compared_over_the_seeds_that_both_have() -> None:
         record("sparse", 1, 100, gold=9.0),
         record("dense", 0, 100, gold=3.75),
     ]
-    (bar,) = judge_expectations(settings, arm_results(settings, records))
+    (bar,) = results_of(settings, records).expectations
     assert (bar.verdict, bar.found) == ("missed", "3.75 against 4.00, seeds 0")
 
 
@@ -73,5 +73,5 @@ def test_gold_is_compared_over_the_seeds_that_both_have() -> None:
 def test_a_seed_that_only_one_has_finished_judges_nothing(measure: str) -> None:
     settings = config(measure, 0.5)
     records = [record("sparse", 0, 100), record("dense", 0, 100, status="unfinished"), record("dense", 1, 100)]
-    (bar,) = judge_expectations(settings, arm_results(settings, records))
+    (bar,) = results_of(settings, records).expectations
     assert bar.verdict == "not run"

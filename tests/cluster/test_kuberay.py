@@ -15,7 +15,8 @@ import yaml
 from made.kuberay_rules import Document, cluster_of, faults, groups_of, quantity
 
 from r3hf_ray import __version__
-from r3hf_ray.config import PPOConfig, load
+from r3hf_ray.config import PPOConfig
+from r3hf_ray.settings import load
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "cluster" / "kuberay"

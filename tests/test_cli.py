@@ -355,7 +355,7 @@ def test_audit_reads_pairs_as_a_job_does(
         asked.append(data)
         return 0
 
-    monkeypatch.setattr("r3hf_ray.instruments.audit.commands.run_audit", run_audit)
+    monkeypatch.setattr("r3hf_ray.instruments.audit.run.run_audit", run_audit)
     plain = ["audit", "--reward-model", "m", "--pairs", "openai/summarize_from_feedback"]
     assert main(plain) == 0
     source = "openai/summarize_from_feedback"

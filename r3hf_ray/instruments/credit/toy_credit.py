@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64, Integer
-from torch import Tensor
+from jaxtyping import Float64, Integer
 
 from r3hf_ray.algorithms.advantages import gae
 from r3hf_ray.algorithms.batching import pad_rows
 from r3hf_ray.algorithms.credit import auc, pearson, phrase_sums
 from r3hf_ray.algorithms.masking import previous_token
-from r3hf_ray.algorithms.redistribution import PrefixScores, redistribute
+from r3hf_ray.algorithms.redistribution import redistribute
 from r3hf_ray.draws import seed_of
 from r3hf_ray.errors import ModelError
 from r3hf_ray.instruments.audit.answers import Answer, Credit, Judge, Scored, standardised, unpadded
@@ -48,24 +47,30 @@ class ToyResponse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ToyRow:
-    """How well one method's credit agrees with the known credit; 0.5 is chance for areas, 0 for correlations."""
+class Agreement:
+    """How well credit agrees with the known credit; 0.5 is chance for areas, 0 for correlations."""
+
+    auc: Estimate
+    """What helped against what hurt, within a response."""
+    pearson: Estimate
+    auc_pooled: float
+    """Over all responses: a method that pays all of a good response alike looks as if it knew where the good is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToyMeasures:
+    """One method's credit against the known credit."""
 
     method: str
     control: bool
-    phrase_auc: Estimate
-    """Phrases that helped against phrases that hurt, within a response: the one to judge by."""
-    token_auc: Estimate
-    phrase_pearson: Estimate
-    token_pearson: Estimate
-    phrase_auc_pooled: float
-    """Over the phrases of all responses."""
-    token_auc_pooled: float
+    phrase: Agreement
+    """By phrase: the one to judge by, since credit often lands a token early or late."""
+    token: Agreement
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
-    """One bar of the benchmark."""
+class Requirement:
+    """What a sound method and a sound reward model must reach."""
 
     holds: bool | None
     """None: too few responses to judge."""
@@ -126,26 +131,32 @@ def with_controls(paid: Mapping[str, Credit], responses: Sequence[ToyResponse], 
     }
 
 
-def toy_rows(paid: Mapping[str, Credit], responses: Sequence[ToyResponse]) -> list[ToyRow]:
-    """One row a method (see `with_controls`)."""
-    golds = [response.gold for response in responses]
-    gold_phrases = [phrase_sums(r.gold, r.phrases) for r in responses]
-    rows = []
-    for method, credit in paid.items():
-        phrases = [phrase_sums(c, r.phrases) for c, r in zip(credit, responses, strict=True)]
-        rows.append(
-            ToyRow(
-                method=method,
-                control=method in CONTROLS,
-                phrase_auc=mean_interval([_auc(c, g) for c, g in zip(phrases, gold_phrases, strict=True)]),
-                token_auc=mean_interval([_auc(c, g) for c, g in zip(credit, golds, strict=True)]),
-                phrase_pearson=mean_interval([pearson(c, g) for c, g in zip(phrases, gold_phrases, strict=True)]),
-                token_pearson=mean_interval([pearson(c, g) for c, g in zip(credit, golds, strict=True)]),
-                phrase_auc_pooled=_auc(np.concatenate(phrases), np.concatenate(gold_phrases)),
-                token_auc_pooled=_auc(np.concatenate(credit), np.concatenate(golds)),
-            )
+def measure_methods(paid: Mapping[str, Credit], responses: Sequence[ToyResponse]) -> list[ToyMeasures]:
+    """The measures of every method (see `with_controls`)."""
+    phrases = [response.phrases for response in responses]
+    gold = [response.gold for response in responses]
+    return [
+        ToyMeasures(
+            method=method,
+            control=method in CONTROLS,
+            phrase=_agreement(_by_phrase(credit, phrases), _by_phrase(gold, phrases)),
+            token=_agreement(credit, gold),
         )
-    return rows
+        for method, credit in paid.items()
+    ]
+
+
+def _by_phrase(credit: Credit, phrases: Sequence[np.ndarray]) -> Credit:
+    return [phrase_sums(one, ids) for one, ids in zip(credit, phrases, strict=True)]
+
+
+def _agreement(credit: Credit, gold: Credit) -> Agreement:
+    pairs = list(zip(credit, gold, strict=True))
+    return Agreement(
+        auc=mean_interval([_auc(*pair) for pair in pairs]),
+        pearson=mean_interval([pearson(*pair) for pair in pairs]),
+        auc_pooled=_auc(np.concatenate(credit), np.concatenate(gold)),
+    )
 
 
 def first_advantages(
@@ -158,11 +169,13 @@ def first_advantages(
     """
     scores, mask = standardised(scored, mean=mean, std=std)
     gold, zero = pad_rows([response.gold for response in responses], fill=0.0), torch.zeros_like(scores.prefix)
-    values = state_scores(scores, mask)
-    sparse, dense = (
-        redistribute(scores, mask, mode=mode, beta_c=1.0, subtract_prompt_score=True) for mode in ("terminal", "r3hf")
+    previous = previous_token(mask)
+    before = torch.where(previous >= 0, scores.prefix.gather(1, previous.clamp(min=0)), scores.prompt[:, None])
+    values = before.masked_fill(~mask, 0.0)  # R(x, y_<t)
+    sparse, dense, flat = (
+        redistribute(scores, mask, mode=mode, beta_c=1.0, subtract_prompt_score=True)
+        for mode in ("terminal", "r3hf", "uniform")
     )
-    flat = (scores.pooled[:, None] / mask.sum(1, keepdim=True)).masked_fill(~mask, 0.0)
     arms = {
         "terminal, V = 0": (sparse, zero),
         "terminal, V = RM": (sparse, values),
@@ -179,32 +192,25 @@ def first_advantages(
     return found
 
 
-def state_scores(scores: PrefixScores, response_mask: Bool[Tensor, "B T"]) -> Float64[Tensor, "B T"]:
-    """R(x, y_<t): the prefix score before each token, what a critic with the reward model's head says first."""
-    previous = previous_token(response_mask)
-    before = torch.where(previous >= 0, scores.prefix.gather(1, previous.clamp(min=0)), scores.prompt[:, None])
-    return before.masked_fill(~response_mask, 0.0)
-
-
-def toy_bars(rows: Sequence[ToyRow], advantages: Mapping[str, Mapping[float, float]]) -> list[Bar]:
+def requirements(rows: Sequence[ToyMeasures], advantages: Mapping[str, Mapping[float, float]]) -> list[Requirement]:
     """The bars of the benchmark, held against the measured values themselves.
 
     None is judged below `ENOUGH_RESPONSES` responses that have both phrases that helped and phrases that hurt.
     """
-    by_name = {row.method: row.phrase_auc for row in rows}
+    by_name = {row.method: row.phrase.auc for row in rows}
     r3hf, oracle = by_name["r3hf"], by_name["oracle"]
     dense, sparse = (advantages[arm][LAMBDAS[0]] for arm in ("r3hf, V = 0", "terminal, V = 0"))
     bars = [
-        Bar(r3hf.value >= R3HF_BAR, f"phrase AUC of r3hf is {r3hf}, at least {R3HF_BAR:.2f} wanted"),
-        Bar(oracle.value == 1.0, f"phrase AUC of the oracle is {oracle.value:.3f}, exactly 1 wanted"),
+        Requirement(r3hf.value >= R3HF_BAR, f"phrase AUC of r3hf is {r3hf}, at least {R3HF_BAR:.2f} wanted"),
+        Requirement(oracle.value == 1.0, f"phrase AUC of the oracle is {oracle.value:.3f}, exactly 1 wanted"),
         *(
-            Bar(
+            Requirement(
                 abs(by_name[method].value - 0.5) <= CHANCE_WIDTH,
                 f"phrase AUC of {method} is {by_name[method].value:.3f}, 0.50 ± {CHANCE_WIDTH:.2f} wanted",
             )
             for method in ("uniform", "terminal")
         ),
-        Bar(
+        Requirement(
             dense >= sparse + ADVANTAGE_BAR,
             f"first-advantage AUC at lambda {LAMBDAS[0]:g} is {dense:.3f} for r3hf and {sparse:.3f} for terminal with "
             f"a cold critic, {ADVANTAGE_BAR:.2f} more wanted",
@@ -213,7 +219,7 @@ def toy_bars(rows: Sequence[ToyRow], advantages: Mapping[str, Mapping[float, flo
     if r3hf.count >= ENOUGH_RESPONSES:
         return bars
     few = f"too few responses: {r3hf.count} that can be judged, {ENOUGH_RESPONSES} needed"
-    return [Bar(None, f"{bar.sentence}; {few}") for bar in bars]
+    return [Requirement(None, f"{bar.sentence}; {few}") for bar in bars]
 
 
 def _auc(credit: np.ndarray, gold: np.ndarray) -> float:

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.instruments.audit.answers import Credit, Scored
 from r3hf_ray.instruments.audit.scored_text import scored_text
-from r3hf_ray.instruments.credit.toy_credit import ENOUGH_RESPONSES, LAMBDAS, Bar, ToyResponse, ToyRow
+from r3hf_ray.instruments.credit.toy_credit import ENOUGH_RESPONSES, LAMBDAS, Requirement, ToyMeasures, ToyResponse
 from r3hf_ray.instruments.pages.coloured_answers import (
     TRUE_UNDERLINES,
     ColouredAnswer,
@@ -18,7 +18,18 @@ from r3hf_ray.instruments.pages.coloured_answers import (
     scale_of,
     spread_out,
 )
-from r3hf_ray.instruments.pages.parts import Chart, Check, Page, PageSection, Series, Table, TableRow, Tile, estimates
+from r3hf_ray.instruments.pages.parts import (
+    Chart,
+    Check,
+    Page,
+    PageSection,
+    Series,
+    Table,
+    TableRow,
+    Tile,
+    area_chart,
+    estimates,
+)
 from r3hf_ray.methods import facts_of
 
 SHOWN = 6
@@ -27,9 +38,9 @@ Advantages = Mapping[str, Mapping[float, float]]
 
 
 def toy_page(
-    rows: Sequence[ToyRow],
+    rows: Sequence[ToyMeasures],
     advantages: Advantages,
-    bars: Sequence[Bar],
+    required: Sequence[Requirement],
     answers: Sequence[ColouredAnswer],
     *,
     title: str,
@@ -37,8 +48,8 @@ def toy_page(
 ) -> Page:
     """The page of the toy benchmark."""
     r3hf = next(row for row in rows if row.method == "r3hf")
-    verdict, status = _verdict(r3hf, bars)
-    dense, sparse = (advantages[arm][LAMBDAS[0]] for arm in ("r3hf, V = 0", "terminal, V = 0"))
+    verdict, status = _verdict(r3hf, required)
+    lam, (dense, sparse) = LAMBDAS[0], (advantages[arm][LAMBDAS[0]] for arm in ("r3hf, V = 0", "terminal, V = 0"))
     return Page(
         brand="r3hf_ray credit benchmark",
         title=title,
@@ -47,14 +58,10 @@ def toy_page(
         tone="good" if status == "bars met" else "warn",
         about=about,
         tiles=[
-            Tile("Phrase AUC of r3hf", f"{r3hf.phrase_auc.value:.2f}", f"0.5 is chance; {r3hf.phrase_auc}"),
-            Tile("Token AUC of r3hf", f"{r3hf.token_auc.value:.2f}", "credit often lands a token early or late"),
-            Tile("Phrase correlation", f"{r3hf.phrase_pearson.value:.2f}", "of r3hf with the known credit"),
-            Tile(
-                "First advantages",
-                f"{dense:.2f}",
-                f"AUC at lambda {LAMBDAS[0]:g}; sparse with a cold critic {sparse:.2f}",
-            ),
+            Tile("Phrase AUC of r3hf", f"{r3hf.phrase.auc.value:.2f}", f"0.5 is chance; {r3hf.phrase.auc}"),
+            Tile("Token AUC of r3hf", f"{r3hf.token.auc.value:.2f}", "credit often lands a token early or late"),
+            Tile("Phrase correlation", f"{r3hf.phrase.pearson.value:.2f}", "of r3hf with the known credit"),
+            Tile("First advantages", f"{dense:.2f}", f"AUC at lambda {lam:g}; sparse with a cold critic {sparse:.2f}"),
         ],
         sections=[
             PageSection(
@@ -62,7 +69,7 @@ def toy_page(
                 title="Does credit find what earned the reward?",
                 intro="In the toy language the true worth of every word is known. A method is good if, within a "
                 "response, the phrases that helped are paid more than the phrases that hurt.",
-                checks=[Check(TONES[bar.label], bar.label, bar.sentence) for bar in bars],
+                checks=[Check(TONES[one.label], one.label, one.sentence) for one in required],
                 charts=_charts(rows, advantages),
             ),
             PageSection(
@@ -82,10 +89,10 @@ def toy_page(
     )
 
 
-def _verdict(r3hf: ToyRow, bars: Sequence[Bar]) -> tuple[str, str]:
+def _verdict(r3hf: ToyMeasures, bars: Sequence[Requirement]) -> tuple[str, str]:
     """In one sentence, and in two words."""
     if any(bar.holds is None for bar in bars):
-        count = r3hf.phrase_auc.count
+        count = r3hf.phrase.auc.count
         return (
             f"Not judged: too few responses. {count} have both phrases that helped and phrases that hurt, "
             f"{ENOUGH_RESPONSES} are needed: raise --limit."
@@ -95,7 +102,7 @@ def _verdict(r3hf: ToyRow, bars: Sequence[Bar]) -> tuple[str, str]:
         return f"{len(missed)} of {len(bars)} bars missed: {'; '.join(missed)}.", "bars missed"
     return (
         f"All {len(bars)} bars are met: r3hf tells phrases that helped from phrases that hurt in "
-        f"{r3hf.phrase_auc.value:.0%} of the cases (50% is chance)."
+        f"{r3hf.phrase.auc.value:.0%} of the cases (50% is chance)."
     ), "bars met"
 
 
@@ -114,13 +121,8 @@ def coloured_responses(
     for i in spread_out(golds, SHOWN):
         scale = scale_of(credit[i] for credit in paid.values())
         gold, answer = responses[i].gold, scored[i]
-        text = scored_text(
-            answer,
-            tokenizer,
-            mean=mean,
-            std=std,
-            marks=[mark_of(credit) for credit in gold.tolist()],
-        )
+        marks = [mark_of(credit) for credit in gold.tolist()]
+        text = scored_text(answer, tokenizer, mean=mean, std=std, marks=marks)
         methods = [colour_row(method, facts_of(method).note, paid[method][i], scale=scale) for method in in_order(paid)]
         facts = [
             ("gold", f"{golds[i]:+.2f}"),
@@ -135,62 +137,42 @@ def coloured_responses(
     return found
 
 
-def _charts(rows: Sequence[ToyRow], advantages: Advantages) -> list[Chart]:
-    names = [row.method for row in rows]
-    quiet = [row.control for row in rows]
-    areas = [("by phrase", [row.phrase_auc for row in rows]), ("by token", [row.token_auc for row in rows])]
+def _charts(rows: Sequence[ToyMeasures], advantages: Advantages) -> list[Chart]:
+    names, controls = [row.method for row in rows], [row.control for row in rows]
     return [
-        Chart(
-            title="Known credit found within a response",
-            unit="area under the curve",
-            sentence="Chance that something that helped is paid more than something that hurt. The dashed line is "
+        area_chart(
+            "Known credit found within a response",
+            "Chance that something that helped is paid more than something that hurt. The dashed line is "
             "chance; bars are 95% intervals over responses; controls are grey. Judge by phrase.",
-            kind="dots",
-            series=[estimates(label, names, means, marks=quiet) for label, means in areas],
-            reference=0.5,
-            y_title="area under the curve",
+            [
+                estimates("by phrase", names, [row.phrase.auc for row in rows], marks=controls),
+                estimates("by token", names, [row.token.auc for row in rows], marks=controls),
+            ],
         ),
-        Chart(
-            title="The very first advantages",
-            unit="area under the curve",
-            sentence="What PPO would reinforce in its first step, before anything is learnt. Sparse reward with a "
+        area_chart(
+            "The very first advantages",
+            "What PPO would reinforce in its first step, before anything is learnt. Sparse reward with a "
             "critic loaded from the reward model is the same as r3hf with a zero critic; taking both counts it twice.",
-            kind="dots",
-            series=[
+            [
                 Series(label=f"lambda {lam:g}", x=list(advantages), y=[found[lam] for found in advantages.values()])
                 for lam in LAMBDAS
             ],
-            reference=0.5,
-            y_title="area under the curve",
         ),
     ]
 
 
-def _tables(rows: Sequence[ToyRow], advantages: Advantages) -> list[Table]:
+def _tables(rows: Sequence[ToyMeasures], advantages: Advantages) -> list[Table]:
+    def cells(row: ToyMeasures) -> list[str]:
+        sides = (row.phrase, row.token)
+        within = [str(value) for value in (*(side.auc for side in sides), *(side.pearson for side in sides))]
+        return [row.method, *within, *(f"{side.auc_pooled:.3f}" for side in sides)]
+
     return [
         Table(
             title="Agreement with the known credit",
-            head=[
-                "method",
-                "phrase AUC",
-                "token AUC",
-                "phrase r",
-                "token r",
-                "phrase AUC, pooled",
-                "token AUC, pooled",
-            ],
-            rows=[
-                TableRow(
-                    [
-                        row.method,
-                        *map(str, (row.phrase_auc, row.token_auc, row.phrase_pearson, row.token_pearson)),
-                        f"{row.phrase_auc_pooled:.3f}",
-                        f"{row.token_auc_pooled:.3f}",
-                    ],
-                    quiet=row.control,
-                )
-                for row in rows
-            ],
+            head=["method"]
+            + [f"{side} {what}" for what in ("AUC", "r", "AUC, pooled") for side in ("phrase", "token")],
+            rows=[TableRow(cells(row), quiet=row.control) for row in rows],
             note="Means over responses with 95% bootstrap intervals; grey rows are controls. Pooled over responses, a "
             "method that pays all tokens of a good response alike looks as if it knew where the good tokens are.",
         ),

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from r3hf_ray.instruments.pages.coloured_answers import ColouredAnswer, notes_of
@@ -153,6 +154,17 @@ class Page:
     def charts(self) -> list[Chart]:
         """Of all sections, in order."""
         return [chart for section in self.sections for chart in section.charts]
+
+
+def area_chart(title: str, sentence: str, series: Sequence[Series], *, unit: str = "area under the curve") -> Chart:
+    """Areas under the curve, or other shares whose chance is one half, as dots about a dashed line."""
+    return Chart(title=title, unit=unit, sentence=sentence, kind="dots", series=series, reference=0.5, y_title=unit)
+
+
+def model_name(source: str) -> str:
+    """What to call a model: that of ``runs/toy_reward/model`` is ``toy_reward``."""
+    path = Path(source)
+    return path.resolve().parent.name if path.name == "model" else path.name
 
 
 def estimates(

@@ -7,19 +7,6 @@ import pytest
 
 from r3hf_ray.errors import DataError
 from r3hf_ray.instruments.audit.answers import Judge
-from r3hf_ray.instruments.credit.human_credit import (
-    EARLIER,
-    ENOUGH_ANSWERS,
-    LATER,
-    HumanRow,
-    blame,
-    human_rows,
-    human_verdict,
-    pair_rows,
-    per_question,
-    shared,
-    with_controls,
-)
 from r3hf_ray.instruments.credit.marked import (
     MarkedAnswer,
     Span,
@@ -28,6 +15,19 @@ from r3hf_ray.instruments.credit.marked import (
     marked_characters,
     on_characters,
     tokenise,
+)
+from r3hf_ray.instruments.credit.marked_credit import (
+    EARLIER,
+    ENOUGH_ANSWERS,
+    LATER,
+    MarkedMeasures,
+    blame,
+    corrections_won,
+    finding,
+    measure_methods,
+    per_question,
+    shared,
+    with_controls,
 )
 from r3hf_ray.instruments.pages.intervals import mean_interval
 
@@ -174,7 +174,7 @@ def test_perfect_and_reversed_credit(byte_judge: Judge) -> None:
     flat = [np.zeros(len(t.offsets)) for t in fixed]
     original = with_controls({"right": right, "wrong": [-c for c in right]}, texts, seed=0, more={})
     corrected = with_controls({"right": flat, "wrong": flat}, fixed, seed=0, more={})
-    rows = {row.method: row for row in human_rows(original, corrected, answers)}
+    rows = {row.method: row for row in measure_methods(original, corrected, answers)}
     assert rows["right"].auroc.value == 1.0 and rows["wrong"].auroc.value == 0.0
     assert rows["right"].by_kind["Wrong"].value == 1.0 and rows["right"].by_kind["Wrong"].count == 1
     assert rows["right"].marked_minus_unmarked.value < -1.5 and rows["wrong"].marked_minus_unmarked.value > 1.5
@@ -201,15 +201,15 @@ def test_an_answer_to_the_same_question_is_no_new_evidence(byte_judge: Judge) ->
     assert per_question([1.0, nan, nan], [one, elsewhere, one])[0] == 1.0
     assert np.isnan(per_question([1.0, nan, nan], [one, elsewhere, one])[1])
     credit = {"right": [np.array([1.0] * 5 + [-1.0] * 3 + [0.0])] * 40}
-    (row,) = human_rows(credit, {"right": []}, [one] * 40)
+    (row,) = measure_methods(credit, {"right": []}, [one] * 40)
     assert row.areas == (1.0,) and row.auroc.count == 1
-    verdict = human_verdict([row, row_of("random", [0.5], control=True)])
+    verdict = finding([row, row_of("random", [0.5], control=True)])
     assert (verdict.good, verdict.status) == (False, "too few answers to say")
 
 
-def row_of(method: str, areas: Sequence[float], *, control: bool = False) -> HumanRow:
+def row_of(method: str, areas: Sequence[float], *, control: bool = False) -> MarkedMeasures:
     mean = mean_interval(areas)
-    return HumanRow(
+    return MarkedMeasures(
         method=method,
         control=control,
         areas=tuple(areas),
@@ -223,13 +223,13 @@ def row_of(method: str, areas: Sequence[float], *, control: bool = False) -> Hum
 
 @pytest.mark.parametrize("count", [1, ENOUGH_ANSWERS - 1])
 def test_a_verdict_needs_enough_answers(count: int) -> None:
-    few = human_verdict([row_of("r3hf", [0.9] * count), row_of("random", [0.4] * count, control=True)])
+    few = finding([row_of("r3hf", [0.9] * count), row_of("random", [0.4] * count, control=True)])
     assert (few.good, few.status, few.lead) == (False, "too few answers to say", None)
     assert few.sentence.startswith(f"Too few answers to say: {count} can be judged")
     unknown = [float("nan")] * (ENOUGH_ANSWERS - count)  # answers with one sort of text only do not count
-    same = human_verdict([row_of("r3hf", [0.9] * count + unknown), row_of("random", [0.4] * 30, control=True)])
+    same = finding([row_of("r3hf", [0.9] * count + unknown), row_of("random", [0.4] * 30, control=True)])
     assert same == few
-    enough = human_verdict([row_of("r3hf", [0.9] * 30), row_of("random", [0.4] * 30, control=True)])
+    enough = finding([row_of("r3hf", [0.9] * 30), row_of("random", [0.4] * 30, control=True)])
     assert enough.good and enough.status == "finds marks"
 
 
@@ -240,12 +240,12 @@ def test_a_method_and_a_control_are_compared_question_by_question() -> None:
     control = row_of("random", (question - 0.02).tolist(), control=True)
     ahead = row_of("r3hf", question.tolist())
     assert ahead.auroc.low < control.auroc.value
-    verdict = human_verdict([ahead, row_of("uniform", [0.5] * 60), control])
+    verdict = finding([ahead, row_of("uniform", [0.5] * 60), control])
     assert verdict.good and verdict.lead is not None and verdict.lead.low == pytest.approx(0.02)
     assert "r3hf, picked as the best of 2 methods" in verdict.sentence
     assert "+0.02 [+0.02, +0.02] on the best control, 'random'" in verdict.sentence
     scattered = row_of("r3hf", (question + rng.normal(scale=0.3, size=60)).clip(0.0, 1.0).tolist())
-    verdict = human_verdict([scattered, control])
+    verdict = finding([scattered, control])
     assert (verdict.good, verdict.status) == (False, "no better than a control")
     assert verdict.lead is not None and verdict.lead.low <= 0.0
 
@@ -255,7 +255,7 @@ def test_a_lead_that_own_intervals_would_grant_is_refused() -> None:
     swing = [0.0] * 14 + [1.0] * 18
     method, control = row_of("r3hf", [0.62] * 32), row_of("random", swing, control=True)
     assert method.auroc.low > control.auroc.value
-    assert human_verdict([method, control]).status == "no better than a control"
+    assert finding([method, control]).status == "no better than a control"
 
 
 def test_place_in_the_answer_is_a_control_in_both_directions() -> None:
@@ -264,20 +264,20 @@ def test_place_in_the_answer_is_a_control_in_both_directions() -> None:
         row_of(EARLIER, [0.2] * 40, control=True),
         row_of(LATER, [0.8] * 40, control=True),
     ]
-    verdict = human_verdict(rows)
+    verdict = finding(rows)
     assert (verdict.good, verdict.status) == (False, "no better than a control") and f"'{LATER}'" in verdict.sentence
-    assert human_verdict(rows[:2]).good
+    assert finding(rows[:2]).good
 
 
 def test_a_method_at_chance() -> None:
     areas = [0.4, 0.62] * 30
-    verdict = human_verdict([row_of("r3hf", areas), row_of("random", [0.4] * 60, control=True)])
+    verdict = finding([row_of("r3hf", areas), row_of("random", [0.4] * 60, control=True)])
     assert (verdict.good, verdict.status) == (False, "no better than chance") and "best of 1 " in verdict.sentence
 
 
 def test_pairs_have_bootstrap_intervals_over_questions(byte_judge: Judge) -> None:
     answers = [marked_answer(byte_judge, "good bad", corrected="good", question=f"Where is {i}?") for i in (0, 1, 2, 2)]
-    (row,) = pair_rows({"reward model": [1.0, 2.0, -1.0, 0.0]}, answers)
+    (row,) = corrections_won({"reward model": [1.0, 2.0, -1.0, 0.0]}, answers)
     expected = mean_interval([1.0, 1.0, 0.25])  # the last two are one question: a loss and a tie
     assert row.accuracy == expected and row.accuracy.count == 3
     assert (row.accuracy.low, row.accuracy.high) == (0.25, 1.0)

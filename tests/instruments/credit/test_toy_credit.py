@@ -10,12 +10,13 @@ from r3hf_ray.errors import ModelError
 from r3hf_ray.instruments.audit.answers import credit_by_method, load_judge, score_answers, unit
 from r3hf_ray.instruments.credit.toy_credit import (
     ENOUGH_RESPONSES,
+    Agreement,
+    ToyMeasures,
     ToyResponse,
-    ToyRow,
     first_advantages,
-    toy_bars,
+    measure_methods,
+    requirements,
     toy_responses,
-    toy_rows,
     with_controls,
 )
 from r3hf_ray.instruments.pages.intervals import Estimate
@@ -56,10 +57,10 @@ def test_attention_is_left_out_where_it_is_not_read(measured: tuple) -> None:
 def test_oracle_is_exact_and_its_reverse_is_zero(measured: tuple) -> None:
     _, responses, *_ = measured
     golds = [response.gold for response in responses]
-    rows = {row.method: row for row in toy_rows({"oracle": golds, "reversed": [-g for g in golds]}, responses)}
-    assert rows["oracle"].phrase_auc.value == rows["oracle"].token_auc.value == 1.0
-    assert rows["reversed"].phrase_auc.value == rows["reversed"].token_auc.value == 0.0
-    assert rows["oracle"].phrase_pearson.value == pytest.approx(1.0)
+    rows = {row.method: row for row in measure_methods({"oracle": golds, "reversed": [-g for g in golds]}, responses)}
+    assert rows["oracle"].phrase.auc.value == rows["oracle"].token.auc.value == 1.0
+    assert rows["reversed"].phrase.auc.value == rows["reversed"].token.auc.value == 0.0
+    assert rows["oracle"].phrase.pearson.value == pytest.approx(1.0)
     assert rows["oracle"].control and not rows["reversed"].control
 
 
@@ -69,11 +70,11 @@ def test_an_oracle_reward_model_gets_auc_1(measured: tuple, scored: Callable) ->
     perfect = [replace(scored(np.cumsum(response.gold).tolist()), answer=response.answer) for response in responses]
     mean, std = unit(perfect)
     paid = credit_by_method(judge, perfect, mean=mean, std=std)
-    rows = {row.method: row for row in toy_rows(with_controls(paid, responses, seed=0), responses)}
-    assert rows["r3hf"].token_auc.value == 1.0 and rows["r3hf"].phrase_auc.value == 1.0
-    assert rows["uniform"].token_auc.value == 0.5  # every token the same, within a response
+    rows = {row.method: row for row in measure_methods(with_controls(paid, responses, seed=0), responses)}
+    assert rows["r3hf"].token.auc.value == 1.0 and rows["r3hf"].phrase.auc.value == 1.0
+    assert rows["uniform"].token.auc.value == 0.5  # every token the same, within a response
     assert all(
-        bar.holds for bar in toy_bars(list(rows.values()), first_advantages(perfect, responses, mean=mean, std=std))
+        bar.holds for bar in requirements(list(rows.values()), first_advantages(perfect, responses, mean=mean, std=std))
     )
 
 
@@ -88,8 +89,8 @@ def test_first_advantages_obey_the_shaping_identity(measured: tuple) -> None:
 def test_a_random_reward_model_misses_its_bar_and_controls_keep_theirs(measured: tuple) -> None:
     judge, responses, scored, mean, std = measured
     paid = credit_by_method(judge, scored, mean=mean, std=std)
-    rows = toy_rows(with_controls(paid, responses, seed=0), responses)
-    bars = toy_bars(rows, first_advantages(scored, responses, mean=mean, std=std))
+    rows = measure_methods(with_controls(paid, responses, seed=0), responses)
+    bars = requirements(rows, first_advantages(scored, responses, mean=mean, std=std))
     assert len(bars) == 5
     missed = [bar.sentence for bar in bars if not bar.holds]
     assert any("phrase AUC of r3hf" in sentence for sentence in missed)
@@ -101,20 +102,10 @@ def bars_of(count: int, **areas: float) -> list[tuple[str, bool | None]]:
     rows = []
     for method, area in ({"r3hf": 0.7, "oracle": 1.0, "uniform": 0.5, "terminal": 0.5} | areas).items():
         mean = Estimate(area, area - 0.05, area + 0.05, count)
-        rows.append(
-            ToyRow(
-                method=method,
-                control=method == "oracle",
-                phrase_auc=mean,
-                token_auc=mean,
-                phrase_pearson=mean,
-                token_pearson=mean,
-                phrase_auc_pooled=area,
-                token_auc_pooled=area,
-            )
-        )
+        same = Agreement(auc=mean, pearson=mean, auc_pooled=area)
+        rows.append(ToyMeasures(method=method, control=method == "oracle", phrase=same, token=same))
     advantages = {"r3hf, V = 0": {0.95: 0.66, 1.0: 0.6}, "terminal, V = 0": {0.95: 0.57, 1.0: 0.55}}
-    return [(bar.sentence.partition(" is ")[0], bar.holds) for bar in toy_bars(rows, advantages)]
+    return [(bar.sentence.partition(" is ")[0], bar.holds) for bar in requirements(rows, advantages)]
 
 
 @pytest.mark.parametrize("method", ["uniform", "terminal"])
@@ -147,5 +138,5 @@ def test_another_language_is_refused(tiny_models: object, byte_judge: object) ->
 
 def test_constant_credit_has_no_correlation(measured: tuple) -> None:
     _, responses, *_ = measured
-    (row,) = toy_rows({"flat": [np.zeros_like(r.gold) for r in responses]}, responses)
-    assert row.token_auc.value == 0.5 and math.isnan(row.token_pearson.value)
+    (row,) = measure_methods({"flat": [np.zeros_like(r.gold) for r in responses]}, responses)
+    assert row.token.auc.value == 0.5 and math.isnan(row.token.pearson.value)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from r3hf_ray.errors import ModelError
-from r3hf_ray.instruments.audit.audit import Audit, audit_numbers, score_after
-from r3hf_ray.instruments.audit.verdict import ENOUGH_PAIRS, verdict
+from r3hf_ray.instruments.audit.advice import ENOUGH_PAIRS, advise
+from r3hf_ray.instruments.audit.measures import Audit, audit_numbers, score_after
 from r3hf_ray.instruments.pages.intervals import Estimate, mean_interval, share, share_above_zero
 
 
@@ -96,30 +96,30 @@ def at_half(audit: Audit, value: float) -> Audit:
 
 
 def test_verdict_likely(good: Audit) -> None:
-    found = verdict(good)
+    found = advise(good)
     assert found.signal == "likely", found.sentence
     assert (found.mode, found.critic_init, found.gae_lambda) == ("r3hf", "reward_trunk", 0.95)
     assert found.sentence.count(". ") == 0 and found.sentence.endswith("ppo.gae_lambda = 0.95.")
     assert good.noise == pytest.approx(1.0, abs=0.15)  # independent steps
-    assert verdict(replace(good, mean_tokens=51.0)).gae_lambda == 1.0
+    assert advise(replace(good, mean_tokens=51.0)).gae_lambda == 1.0
 
 
 def test_verdict_weak_says_why(good: Audit) -> None:
     even = at_half(replace(good, accuracy=agreeing(0.75)), 0.75)
-    assert verdict(at_half(even, 0.62)).signal == "weak"
-    assert "48% of its final lead" in verdict(at_half(even, 0.62)).sentence
+    assert advise(at_half(even, 0.62)).signal == "weak"
+    assert "48% of its final lead" in advise(at_half(even, 0.62)).sentence
     for doubtful, words in (
         (replace(even, noise=4.6), "4.6 times"),
         (replace(even, ending=replace(even.ending, share=0.51)), "51% of all credit falls on the end token"),
     ):
-        found = verdict(doubtful)
+        found = advise(doubtful)
         assert (found.signal, found.mode, found.critic_init) == ("weak", "terminal", "reward_model")
         assert words in found.sentence
-    assert verdict(replace(even, noise=4.5)).signal == "likely"
+    assert advise(replace(even, noise=4.5)).signal == "likely"
 
 
 def test_verdict_without_early_signal(good: Audit) -> None:
-    found = verdict(at_half(replace(good, accuracy=agreeing(0.75)), 0.54))
+    found = advise(at_half(replace(good, accuracy=agreeing(0.75)), 0.54))
     assert (found.signal, found.mode, found.critic_init, found.gae_lambda) == (
         "unlikely",
         "terminal",
@@ -129,15 +129,15 @@ def test_verdict_without_early_signal(good: Audit) -> None:
 
 
 def test_verdict_on_a_model_that_does_not_rank(good: Audit) -> None:
-    assert verdict(replace(good, accuracy=agreeing(0.52))).signal == "none"
+    assert advise(replace(good, accuracy=agreeing(0.52))).signal == "none"
     few = replace(good, accuracy=agreeing(0.6, 30), pairs=30)
-    assert verdict(few).signal == "unknown" and "too few" in verdict(few).sentence
-    assert verdict(replace(few, pairs=ENOUGH_PAIRS)).signal == "none"
+    assert advise(few).signal == "unknown" and "too few" in advise(few).sentence
+    assert advise(replace(few, pairs=ENOUGH_PAIRS)).signal == "none"
 
 
 def test_notes(good: Audit) -> None:
-    assert verdict(replace(good, prompt_offset=0.4)).notes == verdict(good).notes
+    assert advise(replace(good, prompt_offset=0.4)).notes == advise(good).notes
     length = replace(good.length, longer_preferred=agreeing(0.7), longer_chosen=agreeing(0.5))
-    notes = verdict(replace(good, prompt_offset=1.1, length=length)).notes
+    notes = advise(replace(good, prompt_offset=1.1, length=length)).notes
     assert any("subtract_prompt_score" in note for note in notes)
     assert any("70% of the pairs, people in 50%" in note for note in notes)

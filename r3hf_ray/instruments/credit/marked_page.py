@@ -7,8 +7,15 @@ from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.instruments.audit.answers import Credit, Scored
 from r3hf_ray.instruments.audit.scored_text import scored_text
-from r3hf_ray.instruments.credit.human_credit import CONTROLS, LOGPROB, UNTRAINED, HumanRow, PairRow, human_verdict
 from r3hf_ray.instruments.credit.marked import MarkedAnswer, marked_characters
+from r3hf_ray.instruments.credit.marked_credit import (
+    CONTROLS,
+    LOGPROB,
+    UNTRAINED,
+    CorrectionAccuracy,
+    MarkedMeasures,
+    finding,
+)
 from r3hf_ray.instruments.pages.coloured_answers import (
     ColouredAnswer,
     colour_row,
@@ -17,11 +24,22 @@ from r3hf_ray.instruments.pages.coloured_answers import (
     spread_out,
 )
 from r3hf_ray.instruments.pages.intervals import Estimate
-from r3hf_ray.instruments.pages.parts import Chart, Check, Page, PageSection, Series, Table, TableRow, Tile, estimates
+from r3hf_ray.instruments.pages.parts import (
+    Chart,
+    Check,
+    Page,
+    PageSection,
+    Series,
+    Table,
+    TableRow,
+    Tile,
+    area_chart,
+    estimates,
+)
 from r3hf_ray.methods import facts_of
 
 SHOWN = 6
-AREA = "area under the curve"
+OF_MINUS_CREDIT = "AUROC of minus credit"
 UNDERLINES = {"minus-mark": "people marked it as wrong"}
 CONTROL_NOTES = {
     LOGPROB: "how likely the policy finds each token",
@@ -29,9 +47,9 @@ CONTROL_NOTES = {
 }
 
 
-def human_page(
-    rows: Sequence[HumanRow],
-    pairs: Sequence[PairRow],
+def marked_page(
+    rows: Sequence[MarkedMeasures],
+    pairs: Sequence[CorrectionAccuracy],
     answers: Sequence[ColouredAnswer],
     *,
     title: str,
@@ -40,7 +58,7 @@ def human_page(
 ) -> Page:
     """The page of a benchmark on marked answers."""
     best = max((row for row in rows if not row.control), key=lambda row: np.nan_to_num(row.auroc.value))
-    verdict = human_verdict(rows)
+    verdict = finding(rows)
     return Page(
         brand="r3hf_ray credit benchmark",
         title=title,
@@ -64,7 +82,7 @@ def human_page(
                 "characters are paid less than unmarked ones. Each token's reward is shared out to its characters; the "
                 "end token has none.",
                 checks=[Check("plain", "Data.", report)],
-                charts=[*_mark_charts(rows), *_correction_charts(rows, pairs)],
+                charts=_charts(rows, pairs),
             ),
             PageSection(
                 id="texts",
@@ -157,29 +175,25 @@ def _kinds(answer: MarkedAnswer) -> list[str]:
     ]
 
 
-def _series(label: str, rows: Sequence[HumanRow], means: Sequence[Estimate]) -> Series:
-    return estimates(label, [row.method for row in rows], means, marks=[row.control for row in rows])
+def _series(label: str, rows: Sequence[MarkedMeasures], values: Sequence[Estimate]) -> Series:
+    return estimates(label, [row.method for row in rows], values, marks=[row.control for row in rows])
 
 
-def _mark_charts(rows: Sequence[HumanRow]) -> list[Chart]:
+def _charts(rows: Sequence[MarkedMeasures], pairs: Sequence[CorrectionAccuracy]) -> list[Chart]:
     main = [row for row in rows if row.method in ("r3hf", "segment", UNTRAINED, LOGPROB)]
     kinds = sorted(rows[0].by_kind, key=lambda kind: -rows[0].by_kind[kind].count)
     return [
-        Chart(
-            title="Marked characters are paid less",
-            unit="AUROC of minus credit",
-            sentence="Chance that a marked character is paid less than an unmarked one of the same answer. The dashed "
+        area_chart(
+            "Marked characters are paid less",
+            "Chance that a marked character is paid less than an unmarked one of the same answer. The dashed "
             "line is chance; bars are 95% bootstrap intervals over questions; controls are grey.",
-            series=[_series("all marks", rows, [row.auroc for row in rows])],
-            kind="dots",
-            reference=0.5,
-            y_title=AREA,
+            [_series("all marks", rows, [row.auroc for row in rows])],
+            unit=OF_MINUS_CREDIT,
         ),
-        Chart(
-            title="By kind of mark",
-            unit="AUROC of minus credit",
-            sentence="One kind of mark against unmarked text. Kinds with few answers have wide intervals.",
-            series=[
+        area_chart(
+            "By kind of mark",
+            "One kind of mark against unmarked text. Kinds with few answers have wide intervals.",
+            [
                 estimates(
                     row.method,
                     [f"{kind} ({row.by_kind[kind].count})" for kind in kinds],
@@ -188,35 +202,22 @@ def _mark_charts(rows: Sequence[HumanRow]) -> list[Chart]:
                 )
                 for row in main
             ],
-            kind="dots",
-            reference=0.5,
-            y_title=AREA,
+            unit=OF_MINUS_CREDIT,
         ),
-    ]
-
-
-def _correction_charts(rows: Sequence[HumanRow], pairs: Sequence[PairRow]) -> list[Chart]:
-    return [
-        Chart(
-            title="Credit at what the correction changed",
-            unit="area under the curve",
-            sentence="Words that the correction took out should be paid less than what it kept, and words that it "
+        area_chart(
+            "Credit at what the correction changed",
+            "Words that the correction took out should be paid less than what it kept, and words that it "
             "brought in should be paid more than the rest of the corrected answer.",
-            series=[
+            [
                 _series("taken out", rows, [row.removed for row in rows]),
                 _series("brought in", rows, [row.added for row in rows]),
             ],
-            kind="dots",
-            reference=0.5,
-            y_title=AREA,
         ),
-        Chart(
-            title="Is the corrected answer scored higher?",
-            unit="share of pairs",
-            sentence="Whole answers: how often the corrected one beats the original, by the reward model and "
+        area_chart(
+            "Is the corrected answer scored higher?",
+            "Whole answers: how often the corrected one beats the original, by the reward model and "
             "by controls. Bars are 95% bootstrap intervals over questions; one without width says only that all agree.",
-            kind="dots",
-            series=[
+            [
                 estimates(
                     "accuracy",
                     [pair.name for pair in pairs],
@@ -224,13 +225,12 @@ def _correction_charts(rows: Sequence[HumanRow], pairs: Sequence[PairRow]) -> li
                     marks=[k > 0 for k in range(len(pairs))],
                 )
             ],
-            reference=0.5,
-            y_title="share of pairs",
+            unit="share of pairs",
         ),
     ]
 
 
-def _tables(rows: Sequence[HumanRow], pairs: Sequence[PairRow]) -> list[Table]:
+def _tables(rows: Sequence[MarkedMeasures], pairs: Sequence[CorrectionAccuracy]) -> list[Table]:
     kinds = list(rows[0].by_kind)
     return [
         Table(
@@ -239,12 +239,8 @@ def _tables(rows: Sequence[HumanRow], pairs: Sequence[PairRow]) -> list[Table]:
             rows=[
                 TableRow(
                     [
-                        row.method,
-                        str(row.auroc),
-                        str(row.auroc.count),
-                        str(row.marked_minus_unmarked),
-                        str(row.removed),
-                        str(row.added),
+                        *(row.method, str(row.auroc), str(row.auroc.count)),
+                        *(str(row.marked_minus_unmarked), str(row.removed), str(row.added)),
                         *(f"{row.by_kind[kind]} ({row.by_kind[kind].count})" for kind in kinds),
                     ],
                     quiet=row.control,

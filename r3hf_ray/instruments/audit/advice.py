@@ -8,7 +8,7 @@ Above one half, the ending pays more than the answer, and redistribution is near
 from dataclasses import dataclass
 from typing import Literal
 
-from r3hf_ray.instruments.audit.audit import Audit, Place
+from r3hf_ray.instruments.audit.measures import Audit, Place
 
 Signal = Literal["likely", "weak", "unlikely", "none", "unknown"]
 HALF = 5
@@ -26,7 +26,7 @@ SHORT = 50.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Advice:
     """What to expect, and what to start with."""
 
     signal: Signal
@@ -43,7 +43,7 @@ class Verdict:
     """What else to know before training."""
 
 
-def verdict(audit: Audit) -> Verdict:
+def advise(audit: Audit) -> Advice:
     """Judge an audit. Pairs can make signal likely, never certain: they do not say which words were good."""
     signal, finding = _signal(audit)
     short = audit.mean_tokens <= SHORT
@@ -66,7 +66,7 @@ def verdict(audit: Audit) -> Verdict:
             "lambda 1 does not lean on it."
         )
     start = f"start with reward.mode = {mode}, critic.init = {critic} and ppo.gae_lambda = {lam:g}"
-    return Verdict(
+    return Advice(
         signal=signal,
         sentence=f"{finding}{'' if signal in ('none', 'unknown') else ';'} {start}.",
         mode=mode,

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from r3hf_ray.instruments.audit.advice import HALF, Advice
 from r3hf_ray.instruments.audit.answers import Scored, r3hf_credit
-from r3hf_ray.instruments.audit.audit import Audit
+from r3hf_ray.instruments.audit.measures import Audit
 from r3hf_ray.instruments.audit.scored_text import scored_text
-from r3hf_ray.instruments.audit.verdict import HALF, Verdict
 from r3hf_ray.instruments.pages.coloured_answers import ColouredAnswer, colour_row, scale_of, spread_out
 from r3hf_ray.instruments.pages.parts import Chart, Check, Page, PageSection, Series, Table, TableRow, Tile, estimates
 from r3hf_ray.methods import facts_of
@@ -27,14 +27,14 @@ STATUS = {
 
 
 def audit_page(
-    audit: Audit, verdict: Verdict, pairs: Pairs, tokenizer: PreTrainedTokenizerBase, *, title: str, about: str
+    audit: Audit, advice: Advice, pairs: Pairs, tokenizer: PreTrainedTokenizerBase, *, title: str, about: str
 ) -> Page:
     """The page of an audit."""
-    status, tone = STATUS[verdict.signal]
+    status, tone = STATUS[advice.signal]
     settings = [
-        ("reward.mode", f'"{verdict.mode}"'),
-        ("critic.init", f'"{verdict.critic_init}"'),
-        ("ppo.gae_lambda", f"{verdict.gae_lambda:g}"),
+        ("reward.mode", f'"{advice.mode}"'),
+        ("critic.init", f'"{advice.critic_init}"'),
+        ("ppo.gae_lambda", f"{advice.gae_lambda:g}"),
     ]
     caution = Check(
         "plain",
@@ -42,11 +42,11 @@ def audit_page(
         "They say which answer is better, never which words: run r3hf credit on text with known mistakes before you "
         "trust token rewards.",
     )
-    notes = [Check("warn", "Note.", note) for note in verdict.notes]
+    notes = [Check("warn", "Note.", note) for note in advice.notes]
     return Page(
         brand="r3hf_ray reward model audit",
         title=title,
-        verdict=verdict.sentence,
+        verdict=advice.sentence,
         status=status,
         tone="good" if tone == "good" else "warn",
         about=about,
@@ -57,7 +57,7 @@ def audit_page(
                 title="What to start with",
                 intro="Settings for a first run, from the numbers below. They are a start, not a proof.",
                 settings=settings,
-                reason=verdict.reason,
+                reason=advice.reason,
                 checks=[*notes, caution],
             ),
             PageSection(

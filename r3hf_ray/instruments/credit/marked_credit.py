@@ -26,7 +26,7 @@ ENOUGH_ANSWERS = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HumanRow:
+class MarkedMeasures:
     """How well one method's credit agrees with people's marks; areas of 0.5 are chance."""
 
     method: str
@@ -48,7 +48,7 @@ class HumanRow:
 
 
 @dataclass(frozen=True, slots=True)
-class HumanVerdict:
+class Finding:
     """Whether any method beats chance and every control, in two or three words, and in one sentence."""
 
     good: bool
@@ -59,7 +59,7 @@ class HumanVerdict:
 
 
 @dataclass(frozen=True, slots=True)
-class PairRow:
+class CorrectionAccuracy:
     """How often a way to score whole answers puts the corrected one above the original."""
 
     name: str
@@ -97,11 +97,11 @@ def shared(credit: Float64[np.ndarray, "T"]) -> Float64[np.ndarray, "T"]:
     return (np.bincount(span, weights=credit) / np.bincount(span))[span]
 
 
-def human_rows(
+def measure_methods(
     original: Mapping[str, Credit],
     corrected: Mapping[str, Credit],
     answers: Sequence[MarkedAnswer],
-) -> list[HumanRow]:
+) -> list[MarkedMeasures]:
     """One row a method.
 
     Args:
@@ -124,7 +124,7 @@ def human_rows(
         removed = [_auc(-s, out) for s, (out, _) in zip(before, changes, strict=True)]
         added = [_auc(s, new) for s, (_, new) in zip(fixed, changes, strict=True)]
         rows.append(
-            HumanRow(
+            MarkedMeasures(
                 method=method,
                 control=method in CONTROLS,
                 areas=tuple(areas),
@@ -150,7 +150,9 @@ def per_question(values: Sequence[float], answers: Sequence[MarkedAnswer]) -> li
     return [float(np.mean(known)) if known else math.nan for known in found.values()]
 
 
-def pair_rows(margins: Mapping[str, Sequence[float]], answers: Sequence[MarkedAnswer]) -> list[PairRow]:
+def corrections_won(
+    margins: Mapping[str, Sequence[float]], answers: Sequence[MarkedAnswer]
+) -> list[CorrectionAccuracy]:
     """Accuracy on corrected against original answers.
 
     Args:
@@ -158,10 +160,10 @@ def pair_rows(margins: Mapping[str, Sequence[float]], answers: Sequence[MarkedAn
         answers: those that have a corrected one.
     """
     won = {name: [(float(np.sign(m)) + 1.0) / 2.0 for m in margin] for name, margin in margins.items()}
-    return [PairRow(name, mean_interval(per_question(wins, answers))) for name, wins in won.items()]
+    return [CorrectionAccuracy(name, mean_interval(per_question(wins, answers))) for name, wins in won.items()]
 
 
-def human_verdict(rows: Sequence[HumanRow]) -> HumanVerdict:
+def finding(rows: Sequence[MarkedMeasures]) -> Finding:
     """Which method finds marked text best, whether better than chance, and better than the best control.
 
     The two are compared on the same questions: their difference must stay above 0 when questions are drawn again.
@@ -169,23 +171,21 @@ def human_verdict(rows: Sequence[HumanRow]) -> HumanVerdict:
     methods = [row for row in rows if not row.control and row.auroc.count]
     controls = [row for row in rows if row.control and row.auroc.count]
     if not methods:
-        return HumanVerdict(
-            False, "not judged", "No answer has both marked and unmarked text: credit cannot be judged."
-        )
+        return Finding(False, "not judged", "No answer has both marked and unmarked text: credit cannot be judged.")
     best, rival = (max(side, key=lambda row: row.auroc.value) for side in (methods, controls))
     if best.auroc.count < ENOUGH_ANSWERS:
         sentence = (
             f"Too few answers to say: {best.auroc.count} can be judged, with both marked and unmarked text and each to "
             f"another question; {ENOUGH_ANSWERS} are needed."
         )
-        return HumanVerdict(False, "too few answers to say", sentence)
+        return Finding(False, "too few answers to say", sentence)
     found = (
         f"{best.method}, picked as the best of {len(methods)} methods, puts marked below unmarked text with AUROC "
         f"{best.auroc} over {best.auroc.count} questions"
     )
     if best.auroc.low <= 0.5:
         sentence = f"No method's credit finds what people marked: {found}, which chance explains."
-        return HumanVerdict(False, "no better than chance", sentence)
+        return Finding(False, "no better than chance", sentence)
     lead = mean_interval(np.subtract(best.areas, rival.areas).tolist())
     against = (
         f"{found}; question by question that is {lead.value:+.2f} [{lead.low:+.2f}, {lead.high:+.2f}] on the best "
@@ -193,8 +193,8 @@ def human_verdict(rows: Sequence[HumanRow]) -> HumanVerdict:
     )
     if lead.low <= 0.0:
         sentence = f"Better than chance, no better than a control: {against}"
-        return HumanVerdict(False, "no better than a control", sentence, lead)
-    return HumanVerdict(True, "finds marks", f"Token credit finds some of what people marked: {against}", lead)
+        return Finding(False, "no better than a control", sentence, lead)
+    return Finding(True, "finds marks", f"Token credit finds some of what people marked: {against}", lead)
 
 
 def blame(credit: Float64[np.ndarray, "T"], answer: MarkedAnswer) -> float:

@@ -1,4 +1,4 @@
-"""`r3hf audit` and `r3hf credit`: load, measure, write the page and its numbers, and say the result in few lines."""
+"""`r3hf credit`: load, measure, write the page and its numbers, and say the result in few lines."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,6 @@ from rich.console import Console
 
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.instruments.audit.answers import (
-    Answer,
     Credit,
     Judge,
     credit_by_method,
@@ -18,63 +17,26 @@ from r3hf_ray.instruments.audit.answers import (
     unit,
     untrained,
 )
-from r3hf_ray.instruments.audit.audit import audit_numbers
-from r3hf_ray.instruments.audit.audit_page import audit_page
-from r3hf_ray.instruments.audit.pairs import audit_pairs, selection
-from r3hf_ray.instruments.audit.verdict import verdict
-from r3hf_ray.instruments.credit.human_credit import LOGPROB, UNTRAINED, blame, human_rows, human_verdict, pair_rows
-from r3hf_ray.instruments.credit.human_credit import with_controls as with_human_controls
-from r3hf_ray.instruments.credit.human_page import coloured_marked_answers, human_page
 from r3hf_ray.instruments.credit.marked import MarkedAnswer, Text, load_marked
-from r3hf_ray.instruments.credit.toy_credit import first_advantages, toy_bars, toy_responses, toy_rows, with_controls
+from r3hf_ray.instruments.credit.marked_credit import LOGPROB, UNTRAINED, blame, corrections_won, finding
+from r3hf_ray.instruments.credit.marked_credit import measure_methods as measure_marked
+from r3hf_ray.instruments.credit.marked_credit import with_controls as with_marked_controls
+from r3hf_ray.instruments.credit.marked_page import coloured_marked_answers, marked_page
+from r3hf_ray.instruments.credit.toy_credit import (
+    first_advantages,
+    measure_methods,
+    requirements,
+    toy_responses,
+    with_controls,
+)
 from r3hf_ray.instruments.credit.toy_page import coloured_responses, toy_page
+from r3hf_ray.instruments.pages.parts import model_name
 from r3hf_ray.instruments.pages.writing import write_page
-from r3hf_ray.sections.data import DataSection
 
 QA_FEEDBACK = ("dev_feedback.json", "qa_feedback.jsonl.gz", "qa_feedback.jsonl")
 QA_FEEDBACK_URL = (
     "https://raw.githubusercontent.com/allenai/FineGrainedRLHF/main/tasks/qa_feedback/data/dev_feedback.json"
 )
-
-
-def run_audit(reward_model: str, data: DataSection, *, folder: Path, console: Console) -> int:
-    """Audit a reward model on preference pairs; 0, whatever the verdict.
-
-    Args:
-        reward_model: folder or hub name.
-        data: the pairs, as in a job of `r3hf reward`; its lengths are the reward model's window.
-        folder: for ``audit.html`` and ``audit.json``.
-        console: for the results.
-
-    Raises:
-        ConfigError: the model or the data cannot be used.
-    """
-    judge = load_judge(reward_model)
-    pairs, report = audit_pairs(data, judge.tokenizer, window=judge.window)
-    console.print(report, markup=False)
-    answers = [Answer(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    scored = score_answers(judge, answers, console=console)
-    judged = list(zip(scored[::2], scored[1::2], strict=True))
-    audit = audit_numbers(judged)
-    found = verdict(audit)
-    about = f"{audit.pairs:,} pairs of {selection(data)}"
-    page = write_page(
-        folder,
-        "audit",
-        audit_page(audit, found, judged, judge.tokenizer, title=_name(reward_model), about=about),
-        {
-            "reward_model": reward_model,
-            "data": data.model_dump(exclude_defaults=True),
-            "report": report,
-            "verdict": found,
-            "audit": audit,
-        },
-    )
-    console.print(found.sentence, markup=False)
-    for note in found.notes:
-        console.print(f"note: {note}", markup=False)
-    console.print(f"page: {page}", markup=False)
-    return 0
 
 
 def run_credit(
@@ -107,7 +69,7 @@ def run_credit(
     if benchmark == "toy":
         return _toy(judge, policy, limit or 400, max_response_tokens, seed, folder, console)
     source = _qa_feedback() if benchmark == "qa_feedback" else benchmark
-    return _human(judge, source, policy, limit, seed, folder, console)
+    return _marked(judge, source, policy, limit, seed, folder, console)
 
 
 def _toy(
@@ -117,16 +79,16 @@ def _toy(
     scored = score_answers(judge, [response.answer for response in responses], console=console)
     mean, std = unit(scored)
     paid = credit_by_method(judge, scored, mean=mean, std=std)
-    rows = toy_rows(with_controls(paid, responses, seed=seed), responses)
+    rows = measure_methods(with_controls(paid, responses, seed=seed), responses)
     advantages = first_advantages(scored, responses, mean=mean, std=std)
-    bars = toy_bars(rows, advantages)
+    bars = requirements(rows, advantages)
     coloured = coloured_responses(scored, responses, paid, judge.tokenizer, mean=mean, std=std)
     author = f"sampled from {policy}" if policy else "by the toy's author"
     page = write_page(
         folder,
         "credit",
         toy_page(
-            rows, advantages, bars, coloured, title=_name(judge.source), about=f"{count:,} toy responses {author}"
+            rows, advantages, bars, coloured, title=model_name(judge.source), about=f"{count:,} toy responses {author}"
         ),
         {
             "reward_model": judge.source,
@@ -139,14 +101,14 @@ def _toy(
         },
     )
     for row in rows:
-        console.print(f"{row.method:<10} phrase AUC {row.phrase_auc}  token AUC {row.token_auc}", markup=False)
+        console.print(f"{row.method:<10} phrase AUC {row.phrase.auc}  token AUC {row.token.auc}", markup=False)
     for bar in bars:
         console.print(f"{bar.label}: {bar.sentence}", markup=False)
     console.print(f"page: {page}", markup=False)
     return 1 if any(bar.holds is False for bar in bars) else 0
 
 
-def _human(
+def _marked(
     judge: Judge, source: str, policy: str | None, limit: int | None, seed: int, folder: Path, console: Console
 ) -> int:
     answers, report = load_marked(source, judge, limit=limit)
@@ -157,18 +119,18 @@ def _human(
     mean, std = unit(scored[:count])
     controls, totals = _controls(judge, texts, policy, seed, console)
     totals = {"reward model": [s.score for s in scored], **totals}
-    paid = with_human_controls(credit_by_method(judge, scored, mean=mean, std=std), texts, seed=seed, more=controls)
+    paid = with_marked_controls(credit_by_method(judge, scored, mean=mean, std=std), texts, seed=seed, more=controls)
     first = {method: credit[:count] for method, credit in paid.items()}
-    rows = human_rows(first, {method: credit[count:] for method, credit in paid.items()}, answers)
+    rows = measure_marked(first, {method: credit[count:] for method, credit in paid.items()}, answers)
     amended = [answer for answer in answers if answer.corrected is not None]
-    pairs = pair_rows({name: _margins(answers, values) for name, values in totals.items()}, amended)
-    found, about = human_verdict(rows), f"{count:,} marked answers of {source}"
+    pairs = corrections_won({name: _margins(answers, values) for name, values in totals.items()}, amended)
+    found, about = finding(rows), f"{count:,} marked answers of {source}"
     areas = [blame(credit, answer) for credit, answer in zip(first["r3hf"], answers, strict=True)]
     coloured = coloured_marked_answers(answers, scored[:count], first, areas, judge.tokenizer, mean=mean, std=std)
     page = write_page(
         folder,
         "credit",
-        human_page(rows, pairs, coloured, title=_name(judge.source), about=about, report=report),
+        marked_page(rows, pairs, coloured, title=model_name(judge.source), about=about, report=report),
         {
             "reward_model": judge.source,
             "policy": policy,
@@ -217,9 +179,3 @@ def _qa_feedback() -> str:
             "or name a file of marked answers"
         )
     return str(found)
-
-
-def _name(source: str) -> str:
-    """What to call a model: runs/toy_reward/model is toy_reward."""
-    path = Path(source)
-    return path.resolve().parent.name if path.name == "model" else path.name

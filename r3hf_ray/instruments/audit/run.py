@@ -1,0 +1,76 @@
+"""`r3hf audit`: load, measure, write the page and its numbers, and say the result in few lines."""
+
+from pathlib import Path
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from r3hf_ray.data.loading import load_pairs
+from r3hf_ray.instruments.audit.advice import advise
+from r3hf_ray.instruments.audit.answers import Answer, load_judge, score_answers
+from r3hf_ray.instruments.audit.measures import audit_numbers
+from r3hf_ray.instruments.audit.page import audit_page
+from r3hf_ray.instruments.pages.parts import model_name
+from r3hf_ray.instruments.pages.writing import write_page
+from r3hf_ray.sections.data import DataSection
+from r3hf_ray.types import Pair
+
+
+def run_audit(reward_model: str, data: DataSection, *, folder: Path, console: Console) -> int:
+    """Audit a reward model on preference pairs; 0, whatever the verdict.
+
+    Args:
+        reward_model: folder or hub name.
+        data: the pairs, as in a job of `r3hf reward`; its lengths are the reward model's window.
+        folder: for ``audit.html`` and ``audit.json``.
+        console: for the results.
+
+    Raises:
+        ConfigError: the model or the data cannot be used.
+    """
+    judge = load_judge(reward_model)
+    pairs, report = audit_pairs(data, judge.tokenizer, window=judge.window)
+    console.print(report, markup=False)
+    answers = [Answer(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    scored = score_answers(judge, answers, console=console)
+    judged = list(zip(scored[::2], scored[1::2], strict=True))
+    audit = audit_numbers(judged)
+    advice = advise(audit)
+    about = f"{audit.pairs:,} pairs of {selection(data)}"
+    page = write_page(
+        folder,
+        "audit",
+        audit_page(audit, advice, judged, judge.tokenizer, title=model_name(reward_model), about=about),
+        {
+            "reward_model": reward_model,
+            "data": data.model_dump(exclude_defaults=True),
+            "report": report,
+            "verdict": advice,
+            "audit": audit,
+        },
+    )
+    console.print(advice.sentence, markup=False)
+    for note in advice.notes:
+        console.print(f"note: {note}", markup=False)
+    console.print(f"page: {page}", markup=False)
+    return 0
+
+
+def audit_pairs(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, window: int) -> tuple[list[Pair], str]:
+    """Pairs that fit the reward model's window, and one line that says what was read and left out.
+
+    Raises:
+        DataError: unreadable data, rows without preferences, or no usable row.
+    """
+    loaded = load_pairs(data.model_copy(update={"max_prompt_tokens": window}), tokenizer, max_tokens=window)
+    return loaded.train, str(loaded.report)
+
+
+def selection(data: DataSection) -> str:
+    """A data source in words, with what was set to find and read its rows.
+
+    Example: ``PKU-Alignment/PKU-SafeRLHF (split test, format safe_rlhf_cost)``
+    """
+    given = data.model_dump(exclude_defaults=True, include={"config", "data_dir", "split", "format"})
+    words = ", ".join(f"{name} {value}" for name, value in given.items())
+    return f"{data.source} ({words})" if words else data.source

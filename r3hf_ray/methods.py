@@ -88,6 +88,10 @@ OWN = MethodFacts(
 """Of a user's ``package.module:function``, of which nothing is known."""
 
 
+TELESCOPING_TOLERANCE = 1e-4
+"""Largest relative error of what a response is paid in all; float32 gives 1e-7, a shift by one token 1e-2 and more."""
+
+
 def facts_of(mode: str) -> MethodFacts:
     """The facts of a name in `METHODS`, or of a user's own function."""
     return METHODS.get(mode, OWN)

@@ -150,7 +150,8 @@ def grpo_advantages(
     prompt_ids: Int64[Tensor, "B"],
     everyone: tuple[Int64[Tensor, "N"], Float[Tensor, "N"]],
 ) -> Float[Tensor, "B T"]:
-    """Group-relative advantages (Shao et al., 2024), per token: ``(G_t - mean) / max(std, 0.1)`` of the group's G_1.
+    """Group-relative advantages (Shao et al., 2024), per token: ``(G_t - mean) / max(std, STD_FLOOR)`` of the
+    group's G_1.
 
     Population standard deviation. The floor is ours: with token rewards G_t differs from the mean where all G_1 are
     equal, so a tiny std would blow it up; in GRPO itself the numerator vanishes with it. Arguments as in

@@ -24,11 +24,9 @@ from r3hf_ray.algorithms.redistribution import settle_eos_jump, telescoping_erro
 from r3hf_ray.algorithms.scaling import missing_eos, normalize, normalize_shares
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import TelescopingError
+from r3hf_ray.methods import TELESCOPING_TOLERANCE
 from r3hf_ray.models.sharding import all_gather_rows, all_reduce_max, all_reduce_sum
 from r3hf_ray.models.values import state_values
-
-TELESCOPING_TOLERANCE = 1e-4
-"""Largest relative error of a response's reward sum; float32 gives 1e-7, a shift by one token 1e-2 and more."""
 
 
 @dataclass(frozen=True, slots=True)

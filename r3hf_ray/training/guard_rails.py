@@ -41,6 +41,11 @@ BOUNDS: dict[str, tuple[float, float, str]] = {
         1.0,
         "the critic predicts returns worse than a constant would; lower its learning rate or start it elsewhere",
     ),
+    "policy/eps_share": (
+        0.0,
+        0.5,
+        "Adam's epsilon takes most of each update away: set optimizer.eps = 1e-8",
+    ),
     "policy/positive_advantages": (
         0.05,
         0.95,

@@ -2,8 +2,10 @@
 
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Optimizer
 
+from r3hf_ray.models.sharding import all_reduce_sum
 from r3hf_ray.sections.ppo import OptimizerSection
 
 
@@ -22,3 +24,25 @@ def adamw(module: nn.Module, settings: OptimizerSection, lr: float) -> AdamW:
         step = torch.tensor(0.0, device=parameter.device)
         optimizer.state[parameter] = {"step": step, "exp_avg": moment, "exp_avg_sq": moment.clone()}
     return optimizer
+
+
+@torch.no_grad()
+def eps_share(optimizer: Optimizer) -> float:
+    """Part of the last update's absolute sum that epsilon took away. A collective; 0 before the first update.
+
+    Adam moves a parameter by ``m / (sqrt(v) + eps)``; without epsilon it would move by ``m / sqrt(v)``.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    for group in optimizer.param_groups:
+        for state in map(optimizer.state.__getitem__, group["params"]):
+            first, second = (_local(state[name]) for name in ("exp_avg", "exp_avg_sq"))
+            root = (second / (1.0 - group["betas"][1] ** max(float(state["step"]), 1.0))).sqrt()
+            free = torch.where(root > 0.0, first.abs() / root, 0.0)
+            damped = free * (root / (root + group["eps"]))
+            sums = sums.to(first.device) + torch.stack([free.sum(dtype=torch.float64), damped.sum(dtype=torch.float64)])
+    free_sum, damped_sum = all_reduce_sum(sums).tolist()
+    return 1.0 - damped_sum / free_sum if free_sum else 0.0
+
+
+def _local(state: torch.Tensor) -> torch.Tensor:
+    return state.to_local() if isinstance(state, DTensor) else state

@@ -42,7 +42,7 @@ from r3hf_ray.training.experience import (
 )
 from r3hf_ray.training.guard_rails import WATCHED, length_drift
 from r3hf_ray.training.minibatches import Minibatch, plan_minibatches
-from r3hf_ray.training.optimizers import adamw
+from r3hf_ray.training.optimizers import adamw, eps_share
 from r3hf_ray.training.ppo_losses import LossShare, critic_share, policy_divisor, policy_share
 from r3hf_ray.training.ppo_metrics import experience_metrics, reduce_named, token_rows
 from r3hf_ray.types import COST, MAIN, ScoredTrajectory
@@ -135,6 +135,7 @@ class PPOLearner:
         metrics["rollout/length_drift"] = length_drift(metrics, self.first)
         metrics |= {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
         metrics["policy/ratio/max"] = max(step["policy/ratio/max"] for step in steps)
+        metrics |= {f"{name}/eps_share": eps_share(optimizer) for name, optimizer in self._optimizers.items()}
         metrics |= {"policy/lr": steps[-1]["policy/lr"]} | self._adapt_prices(metrics) | self._slowest()
         self.step += 1
         self._last = (scored, experience)

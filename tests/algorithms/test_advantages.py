@@ -260,6 +260,7 @@ def test_a_group_of_equal_rewards_is_not_blown_up():
     equal = (GROUPS, torch.ones(4, dtype=torch.float64))
     advantages = grpo_advantages(to_go, mask, GROUPS, equal)
     torch.testing.assert_close(advantages, (to_go - 1.0) * mask / STD_FLOOR)
+    assert "max(std, STD_FLOOR)" in str(grpo_advantages.__doc__), "the constant by its name, not by a number of its own"
 
 
 @pytest.mark.parametrize("relative", [rloo_advantages, grpo_advantages])

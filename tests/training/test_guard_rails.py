@@ -15,6 +15,7 @@ SOUND = {
     "r3hf/position_corr": -0.1,
     "r3hf/telescoping_error/max": 1e-7,
     "critic/explained_var": -0.1,
+    "policy/eps_share": 0.1,
     "policy/positive_advantages": 0.5,
 }
 
@@ -36,6 +37,7 @@ def test_a_sound_step_warns_of_nothing():
         ("r3hf/position_corr", -0.6),
         ("r3hf/telescoping_error/max", 2e-5),
         ("critic/explained_var", -0.6),
+        ("policy/eps_share", 0.6),
         ("policy/positive_advantages", 0.96),
         ("policy/positive_advantages", 0.04),
     ],

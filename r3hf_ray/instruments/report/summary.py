@@ -6,9 +6,9 @@ from typing import Any
 
 from r3hf_ray.instruments.pages.parts import Tile
 from r3hf_ray.instruments.report.figures import MetricRows, series
+from r3hf_ray.methods import TELESCOPING_TOLERANCE
 from r3hf_ray.records.jsonl import TIME
 
-TELESCOPING_TOLERANCE = 1e-3
 INCIDENTS = ("restart", "failure", "quarantine", "quarantined", "warning")
 
 

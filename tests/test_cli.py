@@ -92,7 +92,10 @@ def refused(job: Job, arguments: list[str], capsys: pytest.CaptureFixture[str]) 
         (["--model.reward_model", "/absent/rm"], ["/absent/rm: no such folder for the reward model"]),
         (["--model.reference", "/absent/ref"], ["/absent/ref: no such folder for the reference"]),
         (["--data.source", "/absent/prompts.jsonl"], ["data.source: no file /absent/prompts.jsonl"]),
-        (["--data.skip", "20"], ["none of its 20 rows is left: 20 skipped (lower data.skip)"]),
+        (
+            ["--data.skip", "20"],
+            ["none of its 20 rows (read as data.format prompt) is left: 20 skipped (lower data.skip)"],
+        ),
         (["--reward.gold", "no_such_module:judge"], ["reward.gold", "no_such_module", "write package.module:function"]),
         (
             ["--reward.gold", "r3hf_ray.instruments.toy.language:absent"],

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.data.messages import plain
-from r3hf_ray.data.records import NO_PREFERENCE, Record, detect, parse
+from r3hf_ray.data.records import NO_ANSWER, NO_PREFERENCE, TIE, Record, detect, parse
 from r3hf_ray.data.sources import Source, open_source
 from r3hf_ray.errors import ConfigError, DataError, Unusable, sentence_of
 from r3hf_ray.models.chat import Chat, Prompt
@@ -59,6 +59,10 @@ class Report:
     """How many of the used ones are held out."""
     repeated: int = 0
     """Training rows whose prompt is held out too (`data.split_by` is `row`)."""
+    form: str = ""
+    """`data.format`, as set or as found."""
+    unused: set[str] = field(default_factory=set)
+    """Columns that weigh a row elsewhere and do not here."""
     left_out: dict[str, list[int]] = field(default_factory=dict)
     """Reason -> numbers of the lines or rows."""
 
@@ -67,6 +71,8 @@ class Report:
         if self.heldout:
             kept = f"; {self.repeated:,} of the others share a prompt with them, as data.split_by = row lets them"
             summary += f", {self.heldout:,} of them held out" + (kept if self.repeated else "")
+        if self.unused:
+            summary += f"; not used: the column {', '.join(sorted(self.unused))}"
         reasons = ", ".join(text for _, text in self._reasons())
         return f"{summary}; left out: {reasons}" if reasons else summary
 
@@ -74,13 +80,14 @@ class Report:
         """The sentence that ends a command; it leads with what took most rows."""
         if not self.read:
             return DataError(f"{self.source}: holds no rows")
+        form = f" (read as data.format {self.form})" if self.form else ""
         taken = [
             (skipped, f"{skipped:,} skipped (lower data.skip)"),
             (heldout, f"{heldout:,} held out (lower data.heldout)"),
         ]
         taken = sorted([*self._reasons(), *(t for t in taken if t[0])], key=lambda t: -t[0])
         return DataError(
-            f"{self.source}: none of its {self.read:,} rows is left: {', '.join(text for _, text in taken)}"
+            f"{self.source}: none of its {self.read:,} rows{form} is left: {', '.join(text for _, text in taken)}"
         )
 
     def _reasons(self) -> list[tuple[int, str]]:
@@ -88,6 +95,8 @@ class Report:
         return sorted(found, key=lambda reason: -reason[0])
 
     def _places(self, rows: list[int]) -> str:
+        if len(rows) == self.read > 1:
+            return "all of them"
         shown = ", ".join(map(str, rows[:_LISTED]))
         more = f" and {len(rows) - _LISTED:,} more" if len(rows) > _LISTED else ""
         return f"{self.unit}{'s' if len(rows) > 1 else ''} {shown}{more}"
@@ -127,7 +136,7 @@ def load_examples(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_
 
     def example(_: int, record: Record) -> Example:
         if not record.answers:
-            raise Unusable(record.lacks)
+            raise Unusable(record.lacks or NO_ANSWER)
         prompt, (answer,) = _sequences(record, [record.best], data, chat, max_tokens)
         return Example(prompt_ids=prompt, answer_ids=answer)
 
@@ -221,12 +230,11 @@ def read_rows(source: Source, read: Callable[[int, Mapping[str, Any]], T], repor
 def _load(data: DataSection, convert: Callable[[int, Record], T]) -> Loaded[T]:
     source = open_source(data)
     report = Report(source.name, source.unit)
-    form = ""
 
     def read(number: int, row: Mapping[str, Any]) -> tuple[int, int, T]:
-        nonlocal form
-        form = form or _format(data, row)
-        record = parse(row, form)
+        report.form = report.form or _format(data, row)
+        report.unused |= row.keys() & {"margin", "weight"}
+        record = parse(row, report.form)
         return number, _asked(record), convert(number, record)
 
     end = None if data.limit is None else data.skip + data.limit
@@ -254,7 +262,7 @@ def _asked(record: Record) -> int:
 def _told(record: Record) -> list[tuple[int, int]]:
     """The preferences between answers that differ."""
     if not record.pairs:
-        raise Unusable(record.lacks or NO_PREFERENCE)
+        raise Unusable(TIE if record.lacks == TIE else NO_PREFERENCE)
     texts = [answer.strip() for answer in record.answers]
     told = [(winner, loser) for winner, loser in record.pairs if texts[winner] != texts[loser]]
     if not told:

@@ -96,7 +96,7 @@ def parse(row: Mapping[str, Any], form: str) -> Record:
 def _as_labelled(row: Mapping[str, Any], record: Record) -> Record:
     """Without answers that a column calls undesirable (as in data for KTO), or of which it says that none is better."""
     if record.pairs:
-        return replace(record, answers=[], pairs=[], lacks="stated tie") if _is_tie(row) else record
+        return replace(record, answers=[], pairs=[], lacks=TIE) if _is_tie(row) else record
     labels = {_word(row[name]) for name in ("label", "kto_tag", "desirable") if not blank(row.get(name))}
     if not record.answers or labels <= _TRUE:
         return record
@@ -146,7 +146,7 @@ def _usual_names(row: Mapping[str, Any]) -> dict[str, Any]:
 def _prompt(row: Mapping[str, Any]) -> Record:
     prompt = messages_of(row["prompt"], "prompt")
     if row.get("completion") is None:
-        return Record(prompt, [], [], _NO_ANSWER)
+        return Record(prompt, [], [], NO_ANSWER)
     prompt, answer = dialogue(row["completion"], "completion", prompt)
     return Record(prompt, [answer], [])
 
@@ -154,7 +154,7 @@ def _prompt(row: Mapping[str, Any]) -> Record:
 def _chat(row: Mapping[str, Any]) -> Record:
     messages = messages_of(row["messages"], "messages")
     if messages[-1]["role"] == "user":
-        return Record(messages, [], [], _NO_ANSWER)
+        return Record(messages, [], [], NO_ANSWER)
     prompt, answer = dialogue(messages, "messages", [])
     return Record(prompt, [answer], [])
 
@@ -284,7 +284,8 @@ def _is_transcript(row: Mapping[str, Any]) -> bool:
 
 
 NO_PREFERENCE = "no preference stated"
-_NO_ANSWER = "no answer to learn from"
+TIE = "stated tie"
+NO_ANSWER = "no answer to learn from"
 _TRUE = {"true", "1", "1.0", "desirable"}
 _SCORES = [
     (form.format("chosen", noun), form.format("rejected", noun))

@@ -89,18 +89,23 @@ def test_nothing_left_is_an_error(tmp_path: Path, tokenizer: PreTrainedTokenizer
 
     unusable = [pair(n, "") for n in range(3)]
     usable = [pair(n) for n in range(5)]
-    assert refused(usable, heldout=8) == "none of its 5 rows is left: 5 held out (lower data.heldout)"
+    assert (
+        refused(usable, heldout=8)
+        == "none of its 5 rows (read as data.format preference) is left: 5 held out (lower data.heldout)"
+    )
     assert refused(usable, skip=4, heldout=1) == (
-        "none of its 5 rows is left: 4 skipped (lower data.skip), 1 held out (lower data.heldout)"
+        "none of its 5 rows (read as data.format preference) is left: 4 skipped (lower data.skip), "
+        "1 held out (lower data.heldout)"
     )
     empty = "3 empty answer (lines 1, 2, 3)"
-    assert refused(unusable) == f"none of its 3 rows is left: {empty}"
     assert (
-        refused([*unusable, pair(1)], heldout=1)
-        == f"none of its 4 rows is left: {empty}, 1 held out (lower data.heldout)"
+        refused(unusable) == "none of its 3 rows (read as data.format preference) is left: 3 empty answer (all of them)"
+    )
+    assert refused([*unusable, pair(1)], heldout=1) == (
+        f"none of its 4 rows (read as data.format preference) is left: {empty}, 1 held out (lower data.heldout)"
     )
     assert refused([*unusable, *usable[:2], *[pair(1, "Yes")] * 4], heldout=4, skip=1) == (
-        f"none of its 9 rows is left: 4 held out (lower data.heldout), {empty}, "
+        f"none of its 9 rows (read as data.format preference) is left: 4 held out (lower data.heldout), {empty}, "
         '1 with a prompt that is held out (data.split_by = "row" keeps them) (line 5), 1 skipped (lower data.skip)'
     )
     assert refused([], heldout=1, format="preference") == "holds no rows"
@@ -137,6 +142,17 @@ def test_rows_that_teach_nothing_are_left_out(tmp_path: Path, tokenizer: PreTrai
     ranked = load_groups(section(tmp_path, rows), tokenizer, max_tokens=100)
     assert [group.pairs for group in ranked.train] == [[(0, 1), (0, 2), (0, 3)]]
     assert ranked.report.left_out == {"equal answers": [2]}
+
+
+def test_a_weight_that_is_not_used_is_said(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    report = load_pairs(section(tmp_path, [pair(1) | {"margin": 2.0}]), tokenizer, max_tokens=100).report
+    assert str(report).endswith("1 of 1 rows used; not used: the column margin")
+
+
+def test_prompts_hold_no_preference(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    for load in (load_pairs, load_groups):
+        with pytest.raises(DataError, match=r"2 rows \(.* prompt\) is left: 2 no preference stated \(all of them\)"):
+            load(section(tmp_path, [{"prompt": "q"}, {"prompt": "r"}]), tokenizer, max_tokens=100)
 
 
 def test_a_ranking_gives_one_pair(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -191,7 +207,10 @@ def test_pairs_are_not_ranked(tmp_path: Path) -> None:
 
 
 def test_prompts_alone_cannot_be_imitated(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(DataError, match=r"none of its 1 rows is left: 1 no answer to learn from \(line 1\)"):
+    with pytest.raises(
+        DataError,
+        match=r"none of its 1 rows \(read as data.format prompt\) is left: 1 no answer to learn from \(line 1\)",
+    ):
         load_examples(section(tmp_path, [{"prompt": "q"}]), tokenizer, max_tokens=100)
 
 

@@ -22,9 +22,10 @@ from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Bool, Float64
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, field_validator
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from r3hf_ray.data.loading import Report, read_rows
+from r3hf_ray.data.messages import messages_of
 from r3hf_ray.data.sources import open_source
 from r3hf_ray.errors import DataError, ModelError, Unusable
 from r3hf_ray.instruments.audit.answers import Answer, Judge
@@ -146,23 +147,13 @@ class _Mark(BaseModel):
     kind: str = "wrong"
 
 
-class _Turn(BaseModel):
-    role: str
-    content: str
-
-
 class _Own(BaseModel):
     """A row of one's own."""
 
-    prompt: Annotated[list[_Turn], Field(min_length=1)]
+    prompt: Any
     response: str
     spans: list[_Mark]
     corrected: str | None = None
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _one_turn(cls, given: object) -> object:
-        return [{"role": "user", "content": given}] if isinstance(given, str) else given
 
 
 class _Error(_Mark):
@@ -189,6 +180,8 @@ def _marked(number: int, row: Mapping[str, Any], judge: Judge) -> MarkedAnswer:
     except ValidationError as invalid:
         error = invalid.errors(include_url=False)[0]
         raise _no_marked_answer(f"{'.'.join(map(str, error['loc']))}: {error['msg']}") from None
+    except TypeError as error:
+        raise _no_marked_answer(str(error)) from None
     outside = next((mark for mark in marks if not mark.start <= mark.end <= len(text)), None)
     if outside is not None:
         raise _no_marked_answer(f"start {outside.start}, end {outside.end}: not within its {len(text)} characters")
@@ -219,5 +212,5 @@ def _qa_feedback(row: Mapping[str, Any]) -> tuple[str, list[Message], str, Seque
 
 def _own(row: Mapping[str, Any]) -> tuple[str, list[Message], str, Sequence[_Mark], str]:
     given = _Own.model_validate(row)
-    prompt = [Message(role=turn.role, content=turn.content) for turn in given.prompt]
+    prompt = messages_of(given.prompt, "prompt")
     return prompt[-1]["content"], prompt, given.response, given.spans, given.corrected or ""

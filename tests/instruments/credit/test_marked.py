@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from r3hf_ray.errors import DataError
 from r3hf_ray.instruments.audit.answers import Judge
@@ -132,8 +134,8 @@ def qa_marks(**changes: object) -> dict:
     ("row", "words"),
     [
         ({"text": "neither shape"}, "prompt: Field required"),
-        (own_row(prompt=[]), "prompt: List should have at least 1 item"),
-        (own_row(prompt=[{"role": "user"}]), "prompt.0.content: Field required"),
+        (own_row(prompt=5), "prompt: expected text, got int 5; put text in quotes"),
+        (own_row(prompt=[{"role": "user"}]), "a message has the fields role, not 'role' and 'content'"),
         (own_row(response=7), "response: Input should be a valid string"),
         (own_row(response=None, spans=[]), "response: Input should be a valid string"),
         (own_row(spans=[{"start": "x", "end": 5}]), "spans.0.start: Input should be a valid integer"),
@@ -281,3 +283,30 @@ def test_pairs_have_bootstrap_intervals_over_questions(byte_judge: Judge) -> Non
     expected = mean_interval([1.0, 1.0, 0.25])  # the last two are one question: a loss and a tie
     assert row.accuracy == expected and row.accuracy.count == 3
     assert (row.accuracy.low, row.accuracy.high) == (0.25, 1.0)
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=8) | st.sampled_from(["Oh no", "\ud83d", "\r\n", " "])
+ANY_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ANY_TEXT, inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    base=st.sampled_from([own_row(corrected="Oh"), own_row(prompt=[{"role": "user", "content": "Hi"}]), qa_row()]),
+    changes=st.dictionaries(
+        st.sampled_from(
+            ["prompt", "response", "spans", "corrected", "question", "passages", "prediction 1", "feedback"]
+        ),
+        ANY_VALUE,
+        max_size=2,
+    ),
+)
+def test_any_values_are_used_or_refused(base: dict, changes: dict, byte_judge: Judge, tmp_path: Path) -> None:
+    source = write(tmp_path / "any.jsonl", [base | changes])
+    try:
+        load_marked(source, byte_judge, limit=None)
+    except DataError as refused:
+        assert source in str(refused) and str(refused).isprintable(), str(refused)

@@ -4,7 +4,6 @@ It ends with what can be known only in a world with known credit: gold reward be
 model's token rewards point at the tokens that earned it.
 """
 
-import random
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,11 +12,9 @@ from typing import Any
 from rich.console import Console
 
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.draws import seed_of
 from r3hf_ray.driver import RunResult, run_ppo
 from r3hf_ray.errors import ConfigError
-from r3hf_ray.instruments.toy.language import make_request
-from r3hf_ray.instruments.toy.measure import CreditQuality, reward_model_credit
+from r3hf_ray.instruments.credit.toy_credit import ToyMeasures, reward_model_agreement
 from r3hf_ray.instruments.toy.settings import ToySection
 from r3hf_ray.instruments.toy.trained_models import ToyModels
 from r3hf_ray.session import ray_session
@@ -48,7 +45,9 @@ def quickstart(folder: Path, *, seed: int, short: bool, console: Console) -> int
     job = load(PPOConfig, _job("toy_ppo"), [*run, *models.overrides(), *(SHORT_PPO if short else ())])
     with ray_session(job.run.cpus):
         policy, (judge,) = models.prepare(console, on_row=_lines(console))
-        credit = _credit(models, seed=seed, responses=100 if short else 400)
+        credit = reward_model_agreement(
+            str(models.reward_model), str(models.policy), count=100 if short else 400, seed=seed
+        )
         console.rule("[bold]ppo[/bold]  PPO with token-level redistributed rewards", align="left")
         result = run_ppo(job, resume=False, console=console)
     seconds = {"sft": policy.seconds, "rm": judge.seconds, "ppo": result.seconds}
@@ -87,29 +86,24 @@ def _lines(console: Console) -> Callable[[Mapping[str, Any]], None]:
     return show
 
 
-def _credit(models: ToyModels, *, seed: int, responses: int) -> CreditQuality:
-    rng = random.Random(seed_of(seed, "quickstart credit"))
-    requests = [make_request(rng) for _ in range(responses)]
-    return reward_model_credit(models.reward_model, models.policy, requests, seed=seed)
-
-
 def _print_end(
-    console: Console, result: RunResult, credit: CreditQuality, accuracy: float, seconds: dict[str, float], total: float
+    console: Console, result: RunResult, credit: ToyMeasures, accuracy: float, seconds: dict[str, float], total: float
 ) -> None:
     before, after = result.rows[0], result.rows[-1]
+    phrase, token = credit.phrase, credit.token
     console.rule("[bold]done[/bold]", align="left")
     console.print(f"gold reward on held-out prompts   {_gold(before)} before, {_gold(after)} after")
     console.print(f"reward model, held-out pairs      {accuracy:.3f} agree with the noisy labels")
     console.print(
-        f"token credit of its rewards       phrase AUC {credit.phrase_auc:.3f}, token AUC {credit.token_auc:.3f}, "
-        f"phrase r {credit.phrase_pearson:.2f} (0.5 and 0 are chance)"
+        f"token credit of its rewards       phrase AUC {phrase.auc.value:.3f}, token AUC {token.auc.value:.3f}, "
+        f"phrase r {phrase.pearson.value:.2f} (0.5 and 0 are chance)"
     )
     parts = seconds | {"rest": total - sum(seconds.values())}
     console.print(f"seconds by stage                  {'  '.join(f'{name} {s:.0f}' for name, s in parts.items())}")
     console.print(f"model                             {result.folder / 'model'}")
     stages = " ".join(f"{name} {_minutes(spent)}" for name, spent in seconds.items())
     console.print(
-        f"gold {_gold(before)} -> {_gold(after)} | RM accuracy {accuracy:.2f} | phrase AUC {credit.phrase_auc:.2f} | "
+        f"gold {_gold(before)} -> {_gold(after)} | RM accuracy {accuracy:.2f} | phrase AUC {phrase.auc.value:.2f} | "
         f"{_minutes(total)} ({stages}) | report: {_short_path(result.report)}"
     )
 

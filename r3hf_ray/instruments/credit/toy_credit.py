@@ -19,7 +19,18 @@ from r3hf_ray.algorithms.masking import previous_token
 from r3hf_ray.algorithms.redistribution import redistribute
 from r3hf_ray.draws import seed_of
 from r3hf_ray.errors import ModelError
-from r3hf_ray.instruments.audit.answers import Answer, Credit, Judge, Scored, standardised, unpadded
+from r3hf_ray.instruments.audit.answers import (
+    Answer,
+    Credit,
+    Judge,
+    Scored,
+    load_judge,
+    r3hf_credit,
+    score_answers,
+    standardised,
+    unit,
+    unpadded,
+)
 from r3hf_ray.instruments.pages.intervals import Estimate, mean_interval
 from r3hf_ray.instruments.toy.author import noisy_response
 from r3hf_ray.instruments.toy.language import VOCABULARY, ToyRequest, gold_credit, make_request, phrase_ids
@@ -157,6 +168,15 @@ def _agreement(credit: Credit, gold: Credit) -> Agreement:
         pearson=mean_interval([pearson(*pair) for pair in pairs]),
         auc_pooled=_auc(np.concatenate(credit), np.concatenate(gold)),
     )
+
+
+def reward_model_agreement(reward_model: str, policy: str, *, count: int, seed: int) -> ToyMeasures:
+    """How well `r3hf` under a reward model pays a policy's samples, against the known credit."""
+    judge = load_judge(reward_model)
+    responses = toy_responses(judge, policy, count=count, max_response_tokens=48, seed=seed)
+    scored = score_answers(judge, [response.answer for response in responses])
+    mean, std = unit(scored)
+    return measure_methods({"r3hf": r3hf_credit(scored, mean=mean, std=std)}, responses)[0]
 
 
 def first_advantages(

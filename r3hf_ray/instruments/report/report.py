@@ -8,16 +8,7 @@ from typing import Any
 from r3hf_ray.instruments.pages.parts import Page, PageSection, Table, TableRow
 from r3hf_ray.instruments.pages.writing import write_html
 from r3hf_ray.instruments.report.credit import payment_of
-from r3hf_ray.instruments.report.figures import (
-    CREDIT,
-    LEARNING,
-    SYSTEM,
-    UPDATE,
-    MetricRows,
-    chapter_section,
-    series,
-    thinned,
-)
+from r3hf_ray.instruments.report.figures import MetricRows, chapter_sections, series, thinned
 from r3hf_ray.instruments.report.sampled import methods_section, responses_section
 from r3hf_ray.instruments.report.summary import INCIDENTS, duration, tiles, verdict
 from r3hf_ray.records.jsonl import TIME, read_jsonl
@@ -43,6 +34,7 @@ def write_report(run_folder: Path) -> Path:
     payment = payment_of(config, events)
     finished = any(event.get("event") == "finished" for event in events)
     broken = [e["step"] for e in events if e.get("event") in ("restart", "failure") and isinstance(e.get("step"), int)]
+    curves = chapter_sections(rows, broken)
     page = Page(
         brand="r3hf_ray run report",
         title=run_folder.resolve().name,
@@ -51,10 +43,10 @@ def write_report(run_folder: Path) -> Path:
         tone="good" if finished else "warn",
         tiles=tiles(rows, events),
         sections=[
-            *chapter_section(LEARNING, rows, broken),
+            *curves[:1],
             *responses_section(run_folder, payment),
             *methods_section(run_folder, payment),
-            *(section for chapter in (CREDIT, UPDATE, SYSTEM) for section in chapter_section(chapter, rows, broken)),
+            *curves[1:],
             _metrics_section(rows),
             _settings_section(config, events),
             *_events_section(events),

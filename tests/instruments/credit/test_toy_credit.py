@@ -1,13 +1,16 @@
 import math
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaForSequenceClassification
 
 from r3hf_ray.errors import ModelError
-from r3hf_ray.instruments.audit.answers import credit_by_method, load_judge, score_answers, unit
+from r3hf_ray.instruments.audit.answers import Answer, credit_by_method, load_judge, r3hf_credit, score_answers, unit
 from r3hf_ray.instruments.credit.toy_credit import (
     ENOUGH_RESPONSES,
     Agreement,
@@ -16,10 +19,12 @@ from r3hf_ray.instruments.credit.toy_credit import (
     first_advantages,
     measure_methods,
     requirements,
+    reward_model_agreement,
     toy_responses,
     with_controls,
 )
 from r3hf_ray.instruments.pages.intervals import Estimate
+from r3hf_ray.instruments.toy.language import gold_credit, make_request, phrase_ids
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +145,38 @@ def test_constant_credit_has_no_correlation(measured: tuple) -> None:
     _, responses, *_ = measured
     (row,) = measure_methods({"flat": [np.zeros_like(r.gold) for r in responses]}, responses)
     assert row.token.auc.value == 0.5 and math.isnan(row.token.pearson.value)
+
+
+def test_credit_one_token_late_is_right_by_phrase(measured: tuple) -> None:
+    """Facts and fillers whose credit lands on the stop behind them: chance by token, perfect by phrase."""
+    judge, rng = measured[0], random.Random(0)
+    text = "gardens grow . um . gardens age . well . <eos>"
+    request = next(r for r in iter(lambda: make_request(rng), None) if r.text == "gardening no-slang casually")
+    response = ToyResponse(
+        request=request,
+        answer=Answer([1], judge.tokenizer.encode(text, add_special_tokens=False)),
+        gold=np.array(gold_credit(request.text, text)),
+        phrases=np.array(phrase_ids(text)),
+    )
+    late = np.array([0, 0, 1, 0, -0.1, 0, 0, 1, 0, -0.1, 0.0])
+    (row,) = measure_methods({"late": [late]}, [response])
+    assert (row.token.auc.value, row.phrase.auc.value) == (0.5, 1.0)
+    assert row.phrase.pearson.value == pytest.approx(1.0)
+
+
+def test_token_rewards_are_differences_of_prefix_scores(toy_world: Path, measured: tuple) -> None:
+    _, _, scored, mean, std = measured
+    model = LlamaForSequenceClassification.from_pretrained(toy_world / "reward").eval()
+    for one, reward in zip(scored[:7], r3hf_credit(scored[:7], mean=mean, std=std), strict=True):
+        ids = one.answer.prompt_ids + one.answer.response_ids
+        with torch.no_grad():
+            states = model.model(input_ids=torch.tensor([ids])).last_hidden_state
+            prefixes = model.score(states)[0, :, 0].double().numpy()
+        first = len(one.answer.prompt_ids) - 1
+        assert reward * std == pytest.approx(np.diff(prefixes[first:]), abs=1e-5)
+
+
+def test_a_reward_model_and_a_policy_are_measured_from_their_folders(toy_world: Path) -> None:
+    row = reward_model_agreement(str(toy_world / "reward"), str(toy_world / "base"), count=30, seed=1)
+    assert row.method == "r3hf" and row.phrase.pearson.count > 20 and 0.0 < row.token.auc.value < 1.0
+    assert abs(row.phrase.pearson.value) < 0.7, "an untrained reward model knows nothing"

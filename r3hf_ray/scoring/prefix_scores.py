@@ -82,6 +82,24 @@ def scores_so_far(
     return token_scores
 
 
+def scores_of_parts(
+    model: PreTrainedModel,
+    hidden: Float[Tensor, "B T H"],
+    attention_mask: Bool[Tensor, "B T"],
+    rows: Int64[Tensor, "M"],
+    counts: Int64[Tensor, "M"],
+) -> Float[Tensor, "M"]:
+    """The score of the first ``counts`` tokens of ``rows``, from the trunk's last hidden states; differentiable.
+
+    The head is asked at the chosen tokens only where that is enough: rounding then tells equal rows not apart.
+    """
+    head = score_head(model)
+    if isinstance(model, RunningSumForSequenceClassification):
+        return running_sum(head(hidden.to(head.weight.dtype))[..., 0], attention_mask)[rows, counts - 1]
+    scores: Tensor = head(hidden[rows, counts - 1].to(head.weight.dtype))
+    return scores[..., 0]
+
+
 def at_prefixes(
     scores: Float[Tensor, "B S"],
     attention_mask: Bool[Tensor, "B T"],
@@ -112,8 +130,8 @@ def _scores(
     ends: Int64[Tensor, "B"],
 ) -> PrefixScores:
     """``ends`` is the length of each row with its suffix."""
-    head = score_head(model)
     is_token = torch.arange(hidden.shape[1], device=ends.device) < ends[:, None]
+    head = score_head(model)
     scores = scores_so_far(model, head(hidden.to(head.weight.dtype))[..., 0], is_token)
     return at_prefixes(scores, attention_mask, response_mask, ends)
 

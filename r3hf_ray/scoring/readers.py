@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from r3hf_ray.algorithms.alignment import align
 from r3hf_ray.algorithms.batching import pad_sequences
@@ -100,22 +101,24 @@ MakeReader = Callable[[ReaderSettings], Reader]
 class SameIds:
     """Reads the ids as they are, through transformers, in one forward."""
 
-    def __init__(self, settings: ReaderSettings) -> None:
-        """Load the model.
+    def __init__(self, settings: ReaderSettings, model: PreTrainedModel | None = None) -> None:
+        """Load the model, or take the given one in its place.
 
         Raises:
             ModelError: it cannot be loaded, or prefixes are read and it looks ahead.
         """
-        self._settings = settings
-        attention = "eager" if settings.attention else None
-        self.model = load_reward_model(settings.source, settings.dtype, attention=attention).to(settings.device)
+        self.settings = settings
+        model = model or load_reward_model(
+            settings.source, settings.dtype, attention="eager" if settings.attention else None
+        )
+        self.model: PreTrainedModel = model.to(settings.device)
         if settings.prefixes:
             require_causal(self.model, self.model.get_input_embeddings().num_embeddings)
 
     def read(self, batch: Sampled) -> Reading:
         """Its scores of every prefix, and its attention where that is asked for."""
-        suffix_ids, attention = list(self._settings.suffix_ids), None
-        if self._settings.attention:
+        suffix_ids, attention = list(self.settings.suffix_ids), None
+        if self.settings.attention:
             scores, attention = prefix_scores_and_attention(
                 self.model, *batch.arrays, suffix_ids=suffix_ids, finished=batch.finished
             )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
@@ -20,10 +21,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
+from r3hf_ray.algorithms.batching import pad_sequences
 from r3hf_ray.draws import seed_of, stream_row
-from r3hf_ray.models.load import score_head
-from r3hf_ray.models.running_sum import RunningSumForSequenceClassification, running_sum
+from r3hf_ray.models.load import hidden_states
 from r3hf_ray.models.sharding import all_reduce_sum
+from r3hf_ray.scoring.prefix_scores import scores_of_parts
 from r3hf_ray.types import RankedGroup
 
 MAX_GRAD_NORM = 1.0
@@ -76,18 +78,13 @@ def scores_of_prefixes(
         pad_id: fills the right of shorter rows; masked.
         dtype: float32, or bfloat16 to run the trunk's matrix products in it; the head stays in float32.
     """
-    width, device = max(map(len, sequences)), next(model.parameters()).device
-    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
-    token_ids = torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in sequences], device=device)
-    attention_mask = torch.arange(width, device=device) < lengths[:, None]
+    device = next(model.parameters()).device
+    rows = [np.asarray(ids, np.int64) for ids in sequences]
+    padded = pad_sequences(rows, [0] * len(rows), pad_id=pad_id)
+    token_ids, attention_mask, _ = (array.to(device) for array in padded)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        states = model.base_model(input_ids=token_ids, attention_mask=attention_mask.long()).last_hidden_state
-    rows, counts = torch.tensor(prefixes, device=device).unbind(1)
-    head = score_head(model)
-    if isinstance(model, RunningSumForSequenceClassification):
-        return running_sum(head(states.float())[..., 0], attention_mask)[rows, counts - 1]
-    scores: Tensor = head(states[rows, counts - 1].float()).squeeze(-1)
-    return scores
+        hidden = hidden_states(model, token_ids, attention_mask)
+    return scores_of_parts(model, hidden, attention_mask, *torch.tensor(prefixes, device=device).unbind(1))
 
 
 def cut_length(prompt_tokens: int, tokens: int, fraction: float) -> int:

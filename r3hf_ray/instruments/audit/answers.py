@@ -4,7 +4,7 @@ A reward model is free up to a constant and a factor, so credit is compared afte
 their mean and divided by their standard deviation over the answers at hand. Every token reward here is in that unit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,10 +24,10 @@ from r3hf_ray.errors import ModelError
 from r3hf_ray.methods import METHODS
 from r3hf_ray.models.chat import Chat, pooling_suffix
 from r3hf_ray.models.folder import ModelFolder, check_same_vocabulary, load_tokenizer
-from r3hf_ray.models.load import load_policy, load_reward_model, require_causal, score_head
+from r3hf_ray.models.load import load_policy, score_head
 from r3hf_ray.models.logprobs import token_logprobs
 from r3hf_ray.scoring.method_inputs import sentence_end_ids
-from r3hf_ray.scoring.prefix_scores import prefix_scores, prefix_scores_and_attention
+from r3hf_ray.scoring.readers import ReaderSettings, SameIds, Sampled
 
 MICROBATCH_TOKENS = 4096
 """Padded tokens of one forward. [tokens]"""
@@ -75,16 +75,14 @@ class Judge:
     """A reward model that can be asked about prefixes, and all that is needed to ask."""
 
     source: str
-    model: PreTrainedModel
+    reader: SameIds
+    """In float32. Where it reads attention, so that `abc` can be judged, it is slower, and keeps a map of layers x
+    heads x T^2 a row."""
     tokenizer: PreTrainedTokenizerBase
     chat: Chat
-    suffix_ids: list[int]
-    """Read after an end token before pooling."""
     ends: frozenset[int]
     window: int
     """Longest prompt + response it can read, room for the suffix left. [tokens]"""
-    reads_attention: bool
-    """Loaded with eager attention, so that `abc` can be judged; slower, and a map of layers x heads x T^2 a row."""
 
 
 def load_judge(source: str, *, attention: bool = False) -> Judge:
@@ -93,19 +91,18 @@ def load_judge(source: str, *, attention: bool = False) -> Judge:
     Raises:
         ModelError: no decoder-only reward model with one linear head, or it looks ahead.
     """
-    model = load_reward_model(source, torch.float32, attention="eager" if attention else None)
     folder = ModelFolder(source, "reward model")
-    require_causal(model, model.get_input_embeddings().num_embeddings)
-    suffix = pooling_suffix(source, folder.tokenizer, "auto")
+    suffix = tuple(pooling_suffix(source, folder.tokenizer, "auto"))
+    settings = ReaderSettings(
+        source=source, suffix_ids=suffix, attention=attention, dtype=torch.float32, device=str(_device())
+    )
     return Judge(
         source=source,
-        model=model.to(_device()),
+        reader=SameIds(settings),
         tokenizer=folder.tokenizer,
         chat=folder.chat,
-        suffix_ids=suffix,
         ends=frozenset(folder.end_ids),
         window=folder.window - len(suffix),
-        reads_attention=attention,
     )
 
 
@@ -114,15 +111,15 @@ def untrained(judge: Judge, *, seed: int) -> Judge:
 
     It reads no attention, and is as large as the judge beside which it stands in memory.
     """
-    config = deepcopy(judge.model.config)  # from_config writes into it
+    config = deepcopy(judge.reader.model.config)  # from_config writes into it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
-            config, dtype=torch.float32, attn_implementation=judge.model.config._attn_implementation
+            config, dtype=torch.float32, attn_implementation=config._attn_implementation
         )
         head = score_head(model)
         nn.init.normal_(head.weight, std=head.in_features**-0.5)  # a fresh running-sum head is 0
-    return replace(judge, model=model.eval().to(_device()), reads_attention=False)
+    return replace(judge, reader=SameIds(replace(judge.reader.settings, attention=False), model.eval()))
 
 
 @torch.inference_mode()
@@ -133,21 +130,19 @@ def score_answers(judge: Judge, answers: Sequence[Answer], *, console: Console =
         ModelError: a score is not finite.
     """
     found: dict[int, Scored] = {}
-    budget = ATTENTION_TOKENS if judge.reads_attention else MICROBATCH_TOKENS
-    for index in _batches(answers, budget, "scoring", console):
-        rows = [answers[i] for i in index]
-        arrays = _padded(rows, _device())
-        finished = torch.tensor([row.response_ids[-1] in judge.ends for row in rows], device=arrays[0].device)
-        given, attention = _read(judge, arrays, finished)
-        for row, (i, answer) in enumerate(zip(index, rows, strict=True)):
-            inside = arrays[2][row]
+    budget = ATTENTION_TOKENS if judge.reader.settings.attention else MICROBATCH_TOKENS
+    for index, batch in _batches(answers, judge.ends, budget, "scoring", console):
+        reading = judge.reader.read(batch)
+        given, maps = reading.scores, reading.attention
+        for row, i in enumerate(index):
+            inside = batch.response_mask[row]
             found[i] = Scored(
-                answer=answer,
+                answer=answers[i],
                 prompt_score=float(given.prompt[row]),
                 prefix=given.prefix[row][inside].double().cpu().numpy(),
                 score=float(given.pooled[row]),
-                finished=bool(finished[row]),
-                attention=None if attention is None else attention[row][inside].double().cpu().numpy(),
+                finished=bool(batch.finished[row]),
+                attention=None if maps is None else maps[row][inside].double().cpu().numpy(),
             )
     if not all(np.isfinite([s.score, s.prompt_score, *s.prefix]).all() for s in found.values()):
         raise ModelError(f"{judge.source}: gives scores that are not finite; its weights are damaged")
@@ -164,11 +159,10 @@ def reference_logprobs(judge: Judge, policy: str, answers: Sequence[Answer], *, 
     check_same_vocabulary(load_tokenizer(policy), judge.tokenizer)
     model = load_policy(policy, torch.float32).to(_device())
     found: dict[int, np.ndarray] = {}
-    for index in _batches(answers, MICROBATCH_TOKENS, "reference", console):
-        ids, attention, response = _padded([answers[i] for i in index], _device())
-        given = token_logprobs(model, ids, attention, response, temperature=1.0)
+    for index, batch in _batches(answers, judge.ends, MICROBATCH_TOKENS, "reference", console):
+        given = token_logprobs(model, *batch.arrays, temperature=1.0)
         for row, i in enumerate(index):
-            found[i] = given[row][response[row]].double().cpu().numpy()
+            found[i] = given[row][batch.response_mask[row]].double().cpu().numpy()
     return [found[i] for i in range(len(answers))]
 
 
@@ -254,24 +248,20 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _read(judge: Judge, arrays: tuple[Tensor, Tensor, Tensor], finished: Tensor) -> tuple[PrefixScores, Tensor | None]:
-    if judge.reads_attention:
-        return prefix_scores_and_attention(judge.model, *arrays, suffix_ids=judge.suffix_ids, finished=finished)
-    return prefix_scores(judge.model, *arrays, suffix_ids=judge.suffix_ids, finished=finished), None
-
-
-def _batches(answers: Sequence[Answer], budget: int, what: str, console: Console) -> Iterator[list[int]]:
+def _batches(
+    answers: Sequence[Answer], ends: Set[int], budget: int, what: str, console: Console
+) -> Iterator[tuple[list[int], Sampled]]:
+    """Which answers, and they as one padded microbatch."""
     lengths = [len(answer.prompt_ids) + len(answer.response_ids) for answer in answers]
     groups = microbatches(lengths, budget_tokens=budget)
-    yield from track(groups, description=what, console=console, transient=True, disable=not console.is_terminal)
-
-
-def _padded(rows: Sequence[Answer], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, attention mask and response mask, right-padded."""
-    sequences = [np.array(row.prompt_ids + row.response_ids) for row in rows]
-    prompts = torch.tensor([len(row.prompt_ids) for row in rows])
-    ids = pad_rows(sequences, fill=0).long()
-    position = torch.arange(ids.shape[1])
-    attention = position < torch.tensor([len(s) for s in sequences])[:, None]
-    response = attention & (position >= prompts[:, None])
-    return ids.to(device), attention.to(device), response.to(device)
+    for index in track(groups, description=what, console=console, transient=True, disable=not console.is_terminal):
+        rows = [answers[i] for i in index]
+        yield (
+            index,
+            Sampled.of(
+                [np.array(row.prompt_ids + row.response_ids) for row in rows],
+                [len(row.prompt_ids) for row in rows],
+                [row.response_ids[-1] in ends for row in rows],
+                device=_device(),
+            ),
+        )

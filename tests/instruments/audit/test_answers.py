@@ -13,17 +13,17 @@ ANSWERS = [Answer([5, 9, 12], [20, 30, 40, 2]), Answer([5, 9], [50, 21, 22, 23, 
 
 
 def test_an_untrained_model_keeps_no_trained_weight(byte_judge: Judge) -> None:
-    before = {name: weight.clone() for name, weight in byte_judge.model.state_dict().items()}
+    before = {name: weight.clone() for name, weight in byte_judge.reader.model.state_dict().items()}
     state = torch.random.get_rng_state()
     fresh = untrained(byte_judge, seed=1)  # seed 0 drew the judge itself
-    weights = dict(fresh.model.named_parameters())
-    assert weights.keys() == dict(byte_judge.model.named_parameters()).keys()
+    weights = dict(fresh.reader.model.named_parameters())
+    assert weights.keys() == dict(byte_judge.reader.model.named_parameters()).keys()
     matrices = [name for name, weight in weights.items() if weight.ndim > 1]
     assert "score.weight" in matrices and len(matrices) > 10
     assert not [name for name in matrices if torch.equal(weights[name], before[name])]
     assert all(weight.std() > 0.0 for name, weight in weights.items() if name in matrices)
-    assert not fresh.model.training and {weight.dtype for weight in weights.values()} == {torch.float32}
-    assert all(torch.equal(weight, before[name]) for name, weight in byte_judge.model.state_dict().items())
+    assert not fresh.reader.model.training and {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert all(torch.equal(weight, before[name]) for name, weight in byte_judge.reader.model.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

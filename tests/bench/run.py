@@ -1,6 +1,5 @@
 """One benchmark: bare loops and every variant of the system in turn, several times over, then the tables."""
 
-import json
 import os
 import platform
 import signal
@@ -15,7 +14,8 @@ from bench.bare import BareLoops
 from bench.results import BareStep, Results, SystemRun, bare_sum, targets
 from bench.shapes import LAG_0, Shape, make_inputs
 from bench.system import clean_environment, run_system
-from bench.table import as_json, markdown, show
+from bench.table import as_json, page, show
+from r3hf_ray.instruments.pages.writing import write_page
 from r3hf_ray.records.provenance import versions
 
 CORES = 2
@@ -26,7 +26,7 @@ BUSY_SHARE = 0.25
 def benchmark(
     shape: Shape, *, repeats: int, steps: int | None, folder: Path, model: Path, command: str, console: Console
 ) -> Path:
-    """Measure a shape and write `bench.json`, `bench.md` and the runs' records below a new folder, which is returned.
+    """Measure a shape; write `bench.html`, `.md`, `.json` and the runs' records below a new folder, which is returned.
 
     Everything runs on the same two cores. Repeats are interleaved and the variants rotate, so that a machine that
     slows down slows all of them.
@@ -49,8 +49,7 @@ def benchmark(
         make_inputs(shape, Path(inputs), model=model)
         results = _measure(shape, repeats, steps or shape.steps, Path(inputs), root, len(cores), console)
     facts = _facts(command, started, repeats=repeats, load=load, cores=len(cores))
-    (root / "bench.json").write_text(json.dumps(as_json(results, facts), indent=2) + "\n")
-    (root / "bench.md").write_text(markdown(results, facts))
+    write_page(root, "bench", page(results, facts), as_json(results, facts))
     show(results, console)
     for target in targets(results):
         if not target.met:

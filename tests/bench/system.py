@@ -28,8 +28,6 @@ SAMPLE_SECONDS = 0.5
 """Between two looks at the process tree; a look costs about 10 ms."""
 STOP_SECONDS = 60.0
 
-Row = Mapping[str, Any]
-
 
 class CpuMeter:
     """CPU seconds of a process and all it started, Ray's workers too (they are the raylet's children)."""
@@ -81,7 +79,9 @@ def run_system(config: PPOConfig, *, environment: Mapping[str, str], cores: int)
     return measure(rows, meter.samples, started=started, cores=cores)
 
 
-def measure(rows: Sequence[Row], samples: Sequence[tuple[float, float]], *, started: float, cores: int) -> SystemRun:
+def measure(
+    rows: Sequence[Mapping[str, Any]], samples: Sequence[tuple[float, float]], *, started: float, cores: int
+) -> SystemRun:
     """From the rows of a run and its CPU samples to its numbers.
 
     The first step warms up. The last has nothing to overlap with at lag 1; it is left out when two others remain.
@@ -115,7 +115,7 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "OMP_NUM_THREADS")}
 
 
-def _stages(rows: Sequence[Row]) -> dict[str, float]:
+def _stages(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     rest = [row["time/step"] - sum(row[name] for name in LEARNER_STAGES) for row in rows]
     parts = {name: statistics.median(row[name] for row in rows) for name in (*LEARNER_STAGES, *WORKER_STAGES)}
     return parts | {REST: statistics.median(rest)}

@@ -1,11 +1,11 @@
 """Results as tables: for the terminal, for Markdown, and as JSON."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from typing import Any
 
+import rich.table
 from rich.console import Console
-from rich.table import Table
 
 from bench.results import (
     LEARNER_STAGES,
@@ -24,41 +24,54 @@ from bench.results import (
     step_seconds,
     targets,
 )
+from r3hf_ray.instruments.pages.parts import Page, PageSection, Table, TableRow, Tile
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Page:
-    """One table: a title, a header, rows of text, and what a reader must know of it."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    note: str = ""
-
-
-def pages(results: Results) -> list[Page]:
-    """The tables of a benchmark, in the order of reading."""
+def tables(results: Results) -> list[Table]:
+    """In the order of reading."""
     return [_steps(results), _targets(targets(results)), _where_time_goes(results)]
 
 
 def show(results: Results, console: Console) -> None:
     """Print them."""
-    for page in pages(results):
-        table = Table(title=page.title, title_justify="left", caption=page.note, caption_justify="left")
-        for number, name in enumerate(page.header):
-            table.add_column(name, justify="right" if number else "left")
-        for row in page.rows:
-            table.add_row(*row)
-        console.print(table)
+    for table in tables(results):
+        shown = rich.table.Table(title=table.title, title_justify="left", caption=table.note, caption_justify="left")
+        for number, name in enumerate(table.head):
+            shown.add_column(name, justify="right" if number else "left")
+        for row in table.rows:
+            shown.add_row(*map(str, row.cells))
+        console.print(shown)
 
 
-def markdown(results: Results, facts: Mapping[str, str]) -> str:
-    """A page for `docs/`: the facts of the run, then the tables."""
-    lines = [f"# Benchmark: {results.shape}", "", *(f"- {name}: {value}" for name, value in facts.items())]
-    for page in pages(results):
-        lines += ["", f"## {page.title}", "", *([page.note, ""] if page.note else []), _line(page.header)]
-        lines += [_line(["---", *("---:" for _ in page.header[1:])]), *map(_line, page.rows)]
-    return "\n".join(lines) + "\n"
+def page(results: Results, facts: Mapping[str, str]) -> Page:
+    """The page of a benchmark: the facts of the run, then the tables."""
+    judged = targets(results)
+    met = sum(target.met for target in judged)
+    known = [TableRow(fact) for fact in facts.items()]
+    sections = [
+        PageSection(
+            id=f"part-{number}", title=table.title, intro=table.note, tables=[replace(table, title="", note="")]
+        )
+        for number, table in enumerate(tables(results))
+    ]
+    return Page(
+        brand="r3hf_ray benchmark",
+        title=f"Benchmark: {results.shape}",
+        verdict=f"{met} of {len(judged)} targets are met.",
+        status="targets met" if met == len(judged) else "targets missed",
+        tone="good" if met == len(judged) else "warn",
+        about="the system against bare loops of the same work",
+        tiles=[Tile(target.what, target.measured, target.wanted, "good" if target.met else "bad") for target in judged],
+        sections=[
+            PageSection(
+                id="facts",
+                title="Facts",
+                intro="",
+                tables=[Table(head=["", "of this run"], rows=known, styles={"of this run": "text"})],
+            ),
+            *sections,
+        ],
+    )
 
 
 def as_json(results: Results, facts: Mapping[str, str]) -> dict[str, Any]:
@@ -79,7 +92,7 @@ def as_json(results: Results, facts: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _steps(results: Results) -> Page:
+def _steps(results: Results) -> Table:
     whole, threads = bare_sum(results.bare), bare_threads(results.bare)
     loops = {
         name: [f"bare: {name}, {threads[name]} thread(s)", f"{cost.wall:.2f}", "", f"{cost.cpu:.2f}", "", "", ""]
@@ -89,10 +102,10 @@ def _steps(results: Results) -> Page:
     total = ["bare: sum", f"{whole.wall:.2f}", "1.00", f"{whole.cpu:.2f}", "", "", ""]
     systems = [_system_row(name, runs, whole.wall) for name, runs in results.systems.items()]
     tokens = [run.tokens for runs in results.systems.values() for run in runs]
-    return Page(
+    return Table(
         title="A PPO step",
-        header=["", "wall s", "x bare", "CPU s", "idle cores", "lowest - highest s", "first step s"],
-        rows=[*parts, total, *loops.values(), *systems],
+        head=["", "wall s", "x bare", "CPU s", "idle cores", "lowest - highest s", "first step s"],
+        rows=[TableRow(row) for row in (*parts, total, *loops.values(), *systems)],
         note=(
             f"Medians. {len(results.bare)} passes of the bare loops, each on its better number of threads; "
             f"{len(results.systems['lag 0'])} runs at lag 0. "
@@ -114,21 +127,21 @@ def _system_row(name: str, runs: Sequence[SystemRun], bare: float) -> list[str]:
     ]
 
 
-def _targets(judged: Sequence[Target]) -> Page:
-    return Page(
+def _targets(judged: Sequence[Target]) -> Table:
+    return Table(
         title="Targets",
-        header=["", "measured", "wanted", "met"],
-        rows=[[target.what, target.measured, target.wanted, "yes" if target.met else "NO"] for target in judged],
+        head=["", "measured", "wanted", "met"],
+        rows=[TableRow([one.what, one.measured, one.wanted, "yes" if one.met else "NO"]) for one in judged],
     )
 
 
-def _where_time_goes(results: Results) -> Page:
+def _where_time_goes(results: Results) -> Table:
     columns = [bare_stages(results.bare), *map(stage_seconds, results.systems.values())]
-    return Page(
+    return Table(
         title="Where the time goes",
-        header=["s", "bare", *results.systems],
+        head=["s", "bare", *results.systems],
         rows=[
-            [name, *(f"{column[name]:.3f}" if name in column else "" for column in columns)]
+            TableRow([name, *(f"{column[name]:.3f}" if name in column else "" for column in columns)])
             for name in (*LEARNER_STAGES, REST, *WORKER_STAGES)
         ],
         note=(
@@ -136,7 +149,3 @@ def _where_time_goes(results: Results) -> Page:
             "where parallel actors add up."
         ),
     )
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

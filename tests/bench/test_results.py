@@ -23,7 +23,8 @@ from bench.results import (
     step_seconds,
     targets,
 )
-from bench.table import as_json, markdown, pages, show
+from bench.table import as_json, page, show, tables
+from r3hf_ray.instruments.pages.writing import markdown
 
 LOOPS = ("generate", "score", "learn", "load weights")
 
@@ -117,20 +118,22 @@ def test_stages_of_the_bare_loops_carry_the_systems_names(results: Results) -> N
 
 
 def test_tables_show_what_was_measured(results: Results) -> None:
-    steps, judged, stages = pages(results)
-    rows = {row[0]: row[1:] for row in steps.rows}
+    steps, judged, stages = tables(results)
+    rows = {row.cells[0]: row.cells[1:] for row in steps.rows}
     assert rows["bare: sum"][:3] == ["2.00", "1.00", "8.00"]
     assert rows["system: lag 0"] == ["2.50", "1.25", "3.50", "12%", "2.25 - 9.00", "30"]
-    assert [row[-1] for row in judged.rows] == ["yes"] * 4
-    assert len({len(row) for row in stages.rows} | {len(stages.header)}) == 1
+    assert [row.cells[-1] for row in judged.rows] == ["yes"] * 4
+    assert len({len(row.cells) for row in stages.rows} | {len(stages.head)}) == 1
     console = Console(record=True, width=160)
     show(results, console)
     assert "Where the time goes" in console.export_text()
 
 
 def test_markdown_and_json_hold_facts_targets_and_every_number(results: Results) -> None:
-    text = markdown(results, {"command": "`make bench`", "git commit": "0123456789ab"})
-    assert text.startswith("# Benchmark: tiny\n\n- command: `make bench`\n- git commit: 0123456789ab\n")
+    text = markdown(page(results, {"command": "`make bench`", "git commit": "0123456789ab"}))
+    assert text.startswith("# Benchmark: tiny\n\n4 of 4 targets are met.\n")
+    assert "| command | `make bench` |\n| git commit | 0123456789ab |\n" in text
+    assert "Medians. 3 passes of the bare loops" in text
     assert "| step at lag 0 / sum of the bare loops | 1.25 | at most 1.3 | yes |" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.endswith(" |") for line in tables)

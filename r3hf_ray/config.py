@@ -101,7 +101,7 @@ class PPOConfig(Command):
                 "rollout.top_k must be -1 (off): otherwise the behaviour logprobs are not the policy's",
             ),
             (
-                rollout.prompts_per_step % rollout.chunks_per_step == 0,
+                rollout.prompts_per_step % rollout.chunks == 0,
                 f"rollout.chunks_per_step ({rollout.chunks_per_step}) must divide rollout.prompts_per_step "
                 f"({rollout.prompts_per_step})",
             ),

@@ -1,4 +1,4 @@
-"""Seeds, prompt order and batch arithmetic as pure integers, so no rank, pid or clock decides anything (layer 0)."""
+"""Seeds, prompt order and dealing as pure integers, so no rank, pid or clock decides anything (layer 0)."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from r3hf_ray.config import PPOConfig
 from r3hf_ray.sections.actors import RolloutSection
 from r3hf_ray.types import Request
 
@@ -85,39 +84,3 @@ def minibatch_of(lengths: Sequence[int], *, minibatches: int, seed: int, step: i
         for item, minibatch in zip(block, rng.permutation(minibatches), strict=False):
             assignment[item] = int(minibatch)
     return assignment
-
-
-def arithmetic(config: PPOConfig, prompts: int) -> list[tuple[str, str]]:
-    """The counts of a run, in words, printed before any actor starts."""
-    rollout, ppo, ranks = config.rollout, config.ppo, config.learner.ranks
-    responses = config.responses_per_step
-    chunk = rollout.prompts_per_step // rollout.chunks_per_step * rollout.samples_per_prompt
-    passes = ppo.steps * rollout.prompts_per_step / prompts
-    updates = ppo.epochs * ppo.minibatches
-    return [
-        (
-            "prompts",
-            f"{prompts} to train on, {rollout.prompts_per_step} a step: {passes:.2f} passes in {ppo.steps} steps",
-        ),
-        (
-            "responses",
-            f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} = {responses} a step, "
-            f"{responses * ppo.steps} in all",
-        ),
-        (
-            "generation",
-            f"{rollout.actors} rollout actor(s), {rollout.chunks_per_step} chunks of {chunk} responses, "
-            f"at most {rollout.max_lag} version(s) behind",
-        ),
-        ("scoring", f"{config.reward.actors} reward actor(s), mode {config.reward.mode}"),
-        (
-            "learning",
-            f"{ranks} rank(s) x {responses / ranks:g} responses, {ppo.minibatches} minibatches of "
-            f"{responses / ppo.minibatches:g}",
-        ),
-        (
-            "optimizer",
-            f"{ppo.epochs} epochs x {ppo.minibatches} minibatches = {updates} optimizer steps a PPO step, "
-            f"{updates * ppo.steps} in all",
-        ),
-    ]

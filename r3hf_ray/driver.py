@@ -5,7 +5,6 @@ The learner group runs in a thread (`TorchTrainer.fit()` blocks). Only this proc
 """
 
 import os
-import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,20 +14,17 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import RayError
-from ray.train import TrainingFailedError
 from rich.console import Console
 from rich.table import Table
 
 from r3hf_ray.actor_settings import engine_facts, scoring_settings
 from r3hf_ray.actors.coordinator import Coordinator, Snapshot
-from r3hf_ray.actors.environment import ACTORS, of_threads
-from r3hf_ray.actors.learner import LearnerSettings, fit
-from r3hf_ray.actors.reward import RewardActor
-from r3hf_ray.actors.rollout import RolloutActor, engine_environment
+from r3hf_ray.actors.fleet import TrainGroup, named_actor, reward_actors, rollout_actors
+from r3hf_ray.actors.learner import LearnerSettings, learner_group
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.draws import arithmetic
+from r3hf_ray.counts_and_warnings import arithmetic
 from r3hf_ray.errors import RunFailed, sentence_of
-from r3hf_ray.instruments.report.report import write_report
+from r3hf_ray.models.finished import require_finished
 from r3hf_ray.models.folder import absolute
 from r3hf_ray.preflight import Plan, check, check_resources
 from r3hf_ray.records.jsonl import JsonlLog
@@ -38,8 +34,6 @@ from r3hf_ray.records.provenance import redacted, versions
 from r3hf_ray.records.run_folder import PPO_MAY_CHANGE, check_run, open_run
 from r3hf_ray.records.samples import read_samples, sample_steps, write_samples
 from r3hf_ray.records.wandb_run import WandbRun
-from r3hf_ray.sections.actors import RolloutSection
-from r3hf_ray.sections.rewards import RewardSection
 from r3hf_ray.session import ray_session
 from r3hf_ray.weights.object_ref import WeightStore
 
@@ -53,14 +47,13 @@ class RunResult:
     """A finished run."""
 
     folder: Path
-    report: Path
     rows: list[dict[str, float]]
     """One row a step, evaluations merged in."""
     seconds: float
 
 
 def run_ppo(config: PPOConfig, *, resume: bool, console: Console) -> RunResult:
-    """Run PPO from a checked configuration to a folder with metrics, checkpoints, a model and a report.
+    """Run PPO from a checked configuration to a folder with metrics, checkpoints and a model.
 
     Raises:
         ConfigError: found before any actor started.
@@ -78,8 +71,7 @@ def run_ppo(config: PPOConfig, *, resume: bool, console: Console) -> RunResult:
         _print_plan(console, config, plan)
         with _Follower(config, plan, folder, console, attempt=attempt) as follower:
             follower.follow()
-    report = write_report(folder)
-    return RunResult(folder=folder, report=report, rows=read_metrics(folder), seconds=time.monotonic() - start)
+    return RunResult(folder=folder, rows=read_metrics(folder), seconds=time.monotonic() - start)
 
 
 @dataclass(slots=True)
@@ -88,9 +80,9 @@ class _Actors:
 
     coordinator: Any
     store: Any
-    rollouts: list[Any]
-    rewards: list[Any]
-    learner: threading.Thread
+    workers: dict[str, Any]
+    """Rollout and reward actors by name."""
+    learner: TrainGroup
     starting: dict[Any, str] = field(default_factory=dict)
     """Ref of a ping -> the actor's name, until it has answered."""
 
@@ -105,7 +97,6 @@ class _Follower:
         self._rows_seen = self._events_seen = 0
         self._latest: dict[str, float] = {}
         self._tables = set(sample_steps(folder))
-        self._learner_error: list[Exception] = []
 
     def __enter__(self) -> "_Follower":
         config, folder = self._config, self._folder
@@ -145,62 +136,26 @@ class _Follower:
                 self._stop(actors)
 
     def _start(self) -> _Actors:
-        config, plan = self._config, self._plan
-        facts, scoring = engine_facts(config, plan), scoring_settings(config, plan)
-        rollouts = [
-            ray.remote(RolloutActor)
-            .options(
-                num_cpus=config.rollout.cpus_per_actor,
-                num_gpus=config.rollout.gpus_per_actor,
-                max_restarts=-1,
-                max_task_retries=0,  # a repeated generate after a restart would sample from the wrong weights
-                runtime_env={"env_vars": ACTORS | engine_environment(config.rollout) | self._threads(config.rollout)},
+        config, plan, space = self._config, self._plan, self._namespace
+        rollouts = rollout_actors(config.rollout, engine_facts(config, plan), namespace=space)
+        scoring = scoring_settings(config, plan)
+        rewards = reward_actors(scoring, namespace=space, overlap=config.rollout.max_lag > 0)
+        store = named_actor(WeightStore, "weight_store", namespace=space)
+        data = {"prompts": plan.prompts, "heldout": plan.heldout, "attempt": self._attempt}
+        coordinator = named_actor(Coordinator, "coordinator", config, rollouts, rewards, namespace=space, **data)
+        learner = learner_group(
+            LearnerSettings(
+                config=config,
+                run_folder=self._folder,
+                namespace=space,
+                probe_ids=plan.probe_ids,
+                write_samples=write_samples,
             )
-            .remote(config.rollout, facts)
-            for _ in range(config.rollout.actors)
-        ]
-        rewards = [
-            ray.remote(RewardActor)
-            .options(
-                num_cpus=config.reward.cpus_per_actor,
-                num_gpus=config.reward.gpus_per_actor,
-                max_restarts=-1,
-                max_task_retries=2,  # scoring is deterministic, so Ray may repeat it
-                runtime_env={"env_vars": ACTORS | self._threads(config.reward)},
-            )
-            .remote(scoring)
-            for _ in range(config.reward.actors)
-        ]
-        names = {"namespace": self._namespace, "num_cpus": 0}
-        store = ray.remote(WeightStore).options(name="weight_store", **names).remote()
-        coordinator = (
-            ray.remote(Coordinator)
-            .options(name="coordinator", **names)
-            .remote(config, rollouts, rewards, prompts=plan.prompts, heldout=plan.heldout, attempt=self._attempt)
         )
-        learner = threading.Thread(target=self._fit, daemon=True, name="learner-fit")
         learner.start()
-        actors = _Actors(coordinator, store, rollouts, rewards, learner)
-        actors.starting = {actor.ping.remote(): f"rollout {i}" for i, actor in enumerate(rollouts)}
-        actors.starting |= {actor.ping.remote(): f"reward {i}" for i, actor in enumerate(rewards)}
-        return actors
-
-    def _threads(self, actors: RolloutSection | RewardSection) -> dict[str, str]:
-        overlap = self._config.rollout.max_lag > 0
-        return of_threads(actors.threads, cpus=actors.cpus_per_actor, overlap=overlap)
-
-    def _fit(self) -> None:
-        settings = LearnerSettings(
-            config=self._config,
-            run_folder=self._folder,
-            namespace=self._namespace,
-            probe_ids=self._plan.probe_ids,
-            write_samples=write_samples,
-        )
-        try:
-            fit(settings)
-        except (TrainingFailedError, RayError) as error:
-            self._learner_error.append(error)
+        workers = rollouts | rewards
+        starting = {actor.ping.remote(): name for name, actor in workers.items()}
+        return _Actors(coordinator, store, workers, learner, starting)
 
     def _watch_start(self, actors: _Actors) -> None:
         """Say what has not come up yet, and end the run if it never will."""
@@ -217,9 +172,9 @@ class _Follower:
     def _poll(self, actors: _Actors) -> Snapshot:
         snapshot: Snapshot = ray.get(actors.coordinator.poll.remote(self._rows_seen, self._events_seen))
         starting = {name: "starting: loading libraries and models" for name in actors.starting.values()}
-        if "learner" not in snapshot.stages:
+        if "learner" not in snapshot.doing:
             starting["learner"] = f"starting {self._config.learner.ranks} rank(s)"
-        snapshot.stages.update(starting)
+        snapshot.doing.update(starting)
         return snapshot
 
     def _take(self, snapshot: Snapshot) -> None:
@@ -246,7 +201,7 @@ class _Follower:
                 "step": int(self._latest.get(STEP, 0)),
                 "steps": self._config.ppo.steps,
                 "metrics": self._latest,
-                "stages": snapshot.stages,
+                "doing": snapshot.doing,
             }
         )
 
@@ -258,22 +213,23 @@ class _Follower:
 
     def _finish(self, actors: _Actors) -> None:
         self._take(self._poll(actors))  # why the learner has failed is what the coordinator knows
-        if self._learner_error:
-            raise RunFailed(f"the learner failed: {sentence_of(self._learner_error[0])}") from self._learner_error[0]
+        if error := actors.learner.error:
+            raise RunFailed(f"the learner failed: {sentence_of(error)}") from error
         waiting = actors.coordinator.finish.remote()
         while not ray.wait([waiting], timeout=POLL_SECONDS)[0]:
             self._take(self._poll(actors))
         self._take(self._poll(actors))  # first: out of `finish` a run's failure comes as an error of Ray
         ray.get(waiting)
+        require_finished(self._folder / "model")
         self._events.write({"event": "finished", "step": int(self._latest.get(STEP, 0))})
 
     def _stop(self, actors: _Actors) -> None:
-        """End whatever still runs: after a failure too, since the Ray instance may serve other stages."""
+        """End whatever still runs: after a failure too, since the Ray instance may serve other runs."""
         if actors.learner.is_alive():
             with suppress(RunFailed, RayError):  # ranks hear of it where they wait for a batch
                 ray.get(actors.coordinator.fail.remote("the driver has stopped"), timeout=STOP_SECONDS)
             actors.learner.join(STOP_SECONDS)
-        for actor in (*actors.rollouts, *actors.rewards, actors.coordinator, actors.store):
+        for actor in (*actors.workers.values(), actors.coordinator, actors.store):
             ray.kill(actor)
 
     def _warn(self, text: str) -> None:

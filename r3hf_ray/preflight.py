@@ -7,6 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.config import PPOConfig
+from r3hf_ray.counts_and_warnings import not_as_asked, risks
 from r3hf_ray.data.loading import PromptRow, Report, load_prompts
 from r3hf_ray.errors import ConfigError, ModelError
 from r3hf_ray.methods import METHODS
@@ -61,6 +62,8 @@ def check(config: PPOConfig) -> Plan:
         sampler_gpus=config.rollout.gpus_per_actor,
         probe_tokens=config.weights.probe_tokens,
     )
+    if config.reward.calibration_samples == 1:
+        raise ConfigError("reward.calibration_samples = 1: one response has no spread; use 2 or more, or 0 for none")
     policy = ModelFolder(config.model.policy, "policy")
     policy.require_language_model()
     ends, tokenizer, window = policy.end_ids, policy.tokenizer, policy.window
@@ -99,7 +102,12 @@ def check(config: PPOConfig) -> Plan:
         reward_models={name: model for name, (model, _) in models.items()},
         max_model_len=min(max(needed, config.weights.probe_tokens + 1), window),
         probe_ids=probe_sequence(prompts, min(config.weights.probe_tokens, window - 1)),
-        warnings=[*_warnings(config), *settled, *(note for _, note in models.values() if note)],
+        warnings=[
+            *risks(config),
+            *not_as_asked(config, heldout=len(heldout)),
+            *settled,
+            *(note for _, note in models.values() if note),
+        ],
     )
 
 
@@ -234,37 +242,3 @@ def _check_window(window: int, rows: list[PromptRow], needed: int, config: PPOCo
             f"rollout.max_response_tokens ({config.rollout.max_response_tokens}) is more than the policy's window of "
             f"{window}: lower data.max_prompt_tokens to leave such rows out, or rollout.max_response_tokens"
         )
-
-
-def _warnings(config: PPOConfig) -> list[str]:
-    reward = config.reward
-    warnings = []
-    differences = reward.facts.pays_differences
-    if differences and config.has_critic and config.critic_init == "reward_model":
-        warnings.append(
-            f"critic.init = reward_model with reward.mode = {reward.mode} counts the prefix score twice: the critic "
-            "starts at it and the rewards already are its differences; use reward_trunk (the trunk with a zero head)"
-        )
-    several = len(config.summed) > 1
-    if several and config.has_critic and config.critic_init == "reward_model":
-        warnings.append(
-            "critic.init = reward_model starts at the scores of model.reward_model alone, and the reward is a sum over "
-            "several models; use reward_trunk (the trunk with a zero head)"
-        )
-    if several and not reward.calibration_samples:
-        warnings.append(
-            "reward.calibration_samples = 0 with several models adds their scores in each one's own units: "
-            "weights and cost.multiplier then depend on them"
-        )
-    if differences and config.ppo.gamma < 1.0:
-        warnings.append(
-            "ppo.gamma < 1: redistribution then changes which policy is best, not only how fast it is found"
-        )
-    if config.ppo.kl_in == "reward" and config.ppo.kl_estimator != "k1":
-        warnings.append(
-            f"ppo.kl_estimator = {config.ppo.kl_estimator} inside the reward does not have the gradient of the KL: "
-            "use k1, or ppo.kl_in = loss"
-        )
-    if config.rollout.max_lag > 0 and config.ppo.importance_cap is None:
-        warnings.append("rollout.max_lag > 0 without ppo.importance_cap: off-policy samples get no importance weight")
-    return warnings

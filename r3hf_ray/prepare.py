@@ -14,6 +14,7 @@ from r3hf_ray.actors.supervised import fit_policy, fit_reward_model
 from r3hf_ray.config import RewardConfig, SFTConfig
 from r3hf_ray.data.loading import Loaded, Report, is_ranked, load_examples, load_groups, load_pairs
 from r3hf_ray.models.chat_format import save_format
+from r3hf_ray.models.finished import require_finished, what_is_missing
 from r3hf_ray.models.folder import ModelFolder
 from r3hf_ray.records.jsonl import JsonlLog
 from r3hf_ray.records.metrics import read_metrics
@@ -22,7 +23,8 @@ from r3hf_ray.records.run_folder import STAGE_MAY_CHANGE, STAGE_MAY_MOVE, check_
 from r3hf_ray.records.wandb_run import WandbRun
 from r3hf_ray.training.trl_settings import split_batch
 
-Row = Mapping[str, Any]
+LoggedRow = Mapping[str, Any]
+StageConfig = SFTConfig | RewardConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,7 @@ def train_sft(
     config: SFTConfig,
     *,
     resume: bool = False,
-    on_row: Callable[[Row], None] = lambda row: None,
+    on_row: Callable[[LoggedRow], None] = lambda row: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> StageResult:
     """Fine-tune a base model on answers: `runs/<name>/{config.toml,metrics.jsonl,events.jsonl,model/}`.
@@ -61,45 +63,48 @@ def train_sft(
     Raises:
         ConfigError: settings, data or base model cannot be used, or the finished stage that is to be taken up was
             started with other settings; no actor was started.
-        RunFailed: training failed.
+        RunFailed: training failed, or left no model that loads.
     """
-    started = time.monotonic()
-    section = config.sft
-    split_batch(section.batch_size, section.microbatch_size, config.trainer.ranks)
     base = ModelFolder(config.model.base, "base model")
     base.require_language_model()
-    if resume and (finished := _finished(config)):
-        return finished
-    data = load_examples(config.data, base.tokenizer, max_tokens=section.max_tokens)
-    with _Records(config, data, resume=resume, on_row=on_row, note=note) as records:
-        fit_policy(
-            config, data.train, data.heldout, folder=records.folder, attempt=records.attempt, on_row=records.on_row
-        )
-    return _result(records.folder, data.report, started)
+    return _train(config, base, load_examples, fit_policy, resume=resume, on_row=on_row, note=note)
 
 
 def train_reward(
     config: RewardConfig,
     *,
     resume: bool = False,
-    on_row: Callable[[Row], None] = lambda row: None,
+    on_row: Callable[[LoggedRow], None] = lambda row: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> StageResult:
     """Train a reward model on preferences; as `train_sft`, with `model/r3hf_format.json` beside the weights."""
-    started = time.monotonic()
-    section = config.reward_training
-    split_batch(section.batch_size, section.microbatch_size, config.trainer.ranks)
     base = ModelFolder(config.model.base, "base model")
-    if resume and (finished := _finished(config)):
-        save_format(base.chat.form, finished.model)
-        return finished
     load = load_groups if is_ranked(config.data) else load_pairs
-    data: Loaded[Any] = load(config.data, base.tokenizer, max_tokens=section.max_tokens)
+    result = _train(config, base, load, fit_reward_model, resume=resume, on_row=on_row, note=note)
+    save_format(base.chat.form, result.model)
+    return result
+
+
+def _train(
+    config: StageConfig,
+    base: ModelFolder,
+    load: Callable[..., Loaded[Any]],
+    fit: Callable[..., None],
+    *,
+    resume: bool,
+    on_row: Callable[[LoggedRow], None],
+    note: Callable[[str], None],
+) -> StageResult:
+    started = time.monotonic()
+    section = config.sft if isinstance(config, SFTConfig) else config.reward_training
+    split_batch(section.batch_size, section.microbatch_size, config.trainer.ranks)
+    if resume and (finished := _finished(config)):
+        return finished
+    data = load(config.data, base.tokenizer, max_tokens=section.max_tokens)
     with _Records(config, data, resume=resume, on_row=on_row, note=note) as records:
-        fit_reward_model(
-            config, data.train, data.heldout, folder=records.folder, attempt=records.attempt, on_row=records.on_row
-        )
-        save_format(base.chat.form, records.folder / "model")
+        place = {"folder": records.folder, "attempt": records.attempt}
+        fit(config, data.train, data.heldout, **place, on_row=records.on_row)
+        require_finished(records.folder / "model")
     return _result(records.folder, data.report, started)
 
 
@@ -108,11 +113,11 @@ class _Records:
 
     def __init__(
         self,
-        config: SFTConfig | RewardConfig,
+        config: StageConfig,
         data: Loaded[Any],
         *,
         resume: bool,
-        on_row: Callable[[Row], None],
+        on_row: Callable[[LoggedRow], None],
         note: Callable[[str], None],
     ) -> None:
         self.folder, self.attempt = open_run(config, config.run, resume=resume)
@@ -124,7 +129,7 @@ class _Records:
         counts = {"train": len(data.train), "heldout": len(data.heldout)}
         self._events.write({"event": "started", "versions": versions(), "data": str(data.report), **counts})
 
-    def on_row(self, row: Row) -> None:
+    def on_row(self, row: LoggedRow) -> None:
         self._wandb.log(row)
         self._show(row)
 
@@ -138,8 +143,8 @@ class _Records:
         self._wandb.finish(failed=kind is not None)
 
 
-def _finished(config: SFTConfig | RewardConfig) -> StageResult | None:
-    if not (config.run.folder / config.run.name / "model" / "config.json").is_file():
+def _finished(config: StageConfig) -> StageResult | None:
+    if what_is_missing(config.run.folder / config.run.name / "model"):
         return None
     folder = check_run(config, config.run, resume=True, may_change=STAGE_MAY_CHANGE, may_move=STAGE_MAY_MOVE)
     return _result(folder, None, time.monotonic())

@@ -19,7 +19,7 @@ REACH_SECONDS = 10.0
 def ray_session(cpus: float | None) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start a Ray instance for this command.
 
-    An instance that is already initialised is used as it is, so several stages can share one.
+    An instance that is already initialised is used as it is, so several commands' work can share one.
 
     Raises:
         ConfigError: the cluster cannot be joined.
@@ -28,12 +28,6 @@ def ray_session(cpus: float | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    for name, value in {
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # 2 s by default: each save would wait for a poll
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
-    }.items():
-        os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     try:

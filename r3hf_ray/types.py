@@ -1,4 +1,4 @@
-"""One type per stage of the pipeline; the type says how far the data has come (layer 0: numpy only, no torch).
+"""One type for each step of the way; the type says how far the data has come (layer 0: numpy only, no torch).
 
     Prompt --generate--> Trajectory --score--> ScoredTrajectory --collate--> Batch (algorithms/batching.py)
 
@@ -145,7 +145,7 @@ class Failure:
 
     prompt_id: int
     sample: int
-    stage: str
+    call: str
     """``generate`` or ``score``."""
     reason: str
 

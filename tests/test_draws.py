@@ -1,4 +1,4 @@
-"""Seeds, prompt order and batch arithmetic: integers that must never change under anybody's feet."""
+"""Seeds, prompt order and dealing: integers that must never change under anybody's feet."""
 
 from collections import Counter
 
@@ -6,9 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import (
-    arithmetic,
     deal_to_ranks,
     length_blocks,
     minibatch_of,
@@ -136,20 +134,3 @@ def test_epochs_and_steps_shuffle_anew() -> None:
         for epoch in (0, 1)
     }
     assert len(drawn) == 8
-
-
-def test_the_counts_of_a_run_in_words() -> None:
-    config = PPOConfig(
-        run={"name": "x"},
-        model={"policy": "p", "reward_model": "r"},
-        data={"source": "d"},
-        rollout={"prompts_per_step": 8, "samples_per_prompt": 2, "chunks_per_step": 4, "max_lag": 1},
-        ppo={"steps": 5, "epochs": 3, "minibatches": 4},
-        learner={"ranks": 2},
-    )
-    words = dict(arithmetic(config, 20))
-    assert words["prompts"] == "20 to train on, 8 a step: 2.00 passes in 5 steps"
-    assert words["responses"] == "8 prompts x 2 = 16 a step, 80 in all"
-    assert "4 chunks of 4 responses, at most 1 version(s) behind" in words["generation"]
-    assert words["learning"] == "2 rank(s) x 8 responses, 4 minibatches of 4"
-    assert words["optimizer"] == "3 epochs x 4 minibatches = 12 optimizer steps a PPO step, 60 in all"

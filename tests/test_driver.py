@@ -1,22 +1,24 @@
 """What a run says where Ray cannot be joined or started, and where the coordinator ends it."""
 
 import socket
-import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from rich.console import Console
 
 from r3hf_ray.actors.coordinator import Snapshot
+from r3hf_ray.actors.fleet import TrainGroup
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.data.loading import Report
 from r3hf_ray.driver import _Actors, _Follower
 from r3hf_ray.errors import ConfigError, RunFailed
 from r3hf_ray.preflight import Plan
+from r3hf_ray.records.jsonl import read_jsonl
 from r3hf_ray.session import ray_session, require_answer
 
 
@@ -53,27 +55,9 @@ def test_only_a_host_and_port_are_tried(address: str, monkeypatch: pytest.Monkey
     require_answer(address)
 
 
-def test_a_run_that_fails_after_its_last_step_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last evaluation may break once the learner is done; out of `finish` that comes as an error of Ray."""
-    reason = "calibration scored fewer than 2 responses"
-    remote = RayTaskError("Coordinator.finish", "a traceback", RunFailed(reason)).as_instanceof_cause()
-    assert isinstance(remote, RunFailed) and isinstance(remote, RayError)
-    snapshots = iter([None, reason, reason])
-
-    def poll(rows_seen: int, events_seen: int) -> Snapshot:
-        return Snapshot(rows=[], events=[], stages={}, failed=next(snapshots))
-
-    def get(answer: Any) -> Any:
-        if answer is remote:
-            raise remote
-        return answer
-
-    coordinator = SimpleNamespace(poll=SimpleNamespace(remote=poll), finish=SimpleNamespace(remote=lambda: remote))
-    monkeypatch.setattr(ray, "get", get)
-    monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs, []))
-    monkeypatch.setattr(ray, "kill", lambda actor: None)
-    actors = _Actors(coordinator, None, [], [], threading.Thread())
-    monkeypatch.setattr(_Follower, "_start", lambda follower: actors)
+@pytest.fixture
+def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Follow a run to its end, with a coordinator and a learner group that are not there."""
     config = PPOConfig(
         run={"name": "x"},
         model={"policy": "p", "reward_model": "r"},
@@ -91,8 +75,57 @@ def test_a_run_that_fails_after_its_last_step_says_why(tmp_path: Path, monkeypat
         probe_ids=[],
         warnings=[],
     )
-    with (
-        pytest.raises(RunFailed, match=f"^{reason}$"),
-        _Follower(config, plan, tmp_path, Console(quiet=True), attempt=0) as follower,
-    ):
-        follower.follow()
+    monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs, []))
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+
+    def run(fit: Callable[[], None], *, failed: list[str | None], finish: object = None) -> None:
+        snapshots = iter(failed)
+
+        def poll(rows_seen: int, events_seen: int) -> Snapshot:
+            return Snapshot(rows=[], events=[], doing={}, failed=next(snapshots))
+
+        def get(answer: Any) -> Any:
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
+        monkeypatch.setattr(ray, "get", get)
+        coordinator = SimpleNamespace(poll=SimpleNamespace(remote=poll), finish=SimpleNamespace(remote=lambda: finish))
+        learner = TrainGroup(fit)
+        learner.start()
+        learner.join(10.0)
+        actors = _Actors(coordinator, None, {}, learner)
+        monkeypatch.setattr(_Follower, "_start", lambda follower: actors)
+        with _Follower(config, plan, tmp_path, Console(quiet=True), attempt=0) as follower:
+            follower.follow()
+
+    return run
+
+
+def test_a_run_that_fails_after_its_last_step_says_why(follow: Callable[..., None]) -> None:
+    """The last evaluation may break once the learner is done; out of `finish` that comes as an error of Ray."""
+    reason = "calibration scored fewer than 2 responses"
+    remote = RayTaskError("Coordinator.finish", "a traceback", RunFailed(reason)).as_instanceof_cause()
+    assert isinstance(remote, RunFailed) and isinstance(remote, RayError)
+    with pytest.raises(RunFailed, match=f"^{reason}$"):
+        follow(lambda: None, failed=[None, reason, reason], finish=remote)
+
+
+@pytest.mark.parametrize("error", [ActorDiedError(), OSError("no space left on device"), KeyError("x")])
+def test_a_learner_group_that_ends_in_any_error_is_a_failed_run(
+    follow: Callable[..., None], error: Exception, tmp_path: Path
+) -> None:
+    """Only errors of Ray and of Ray Train were noticed."""
+
+    def fit() -> None:
+        raise error
+
+    with pytest.raises(RunFailed, match=r"^the learner failed: "):
+        follow(fit, failed=[None])
+    assert read_jsonl(tmp_path / "events.jsonl")[-1]["event"] == "failure"
+
+
+def test_a_run_without_a_model_is_not_finished(follow: Callable[..., None], tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"model: no complete model: config\.json cannot be read"):
+        follow(lambda: None, failed=[None, None])
+    assert [event["event"] for event in read_jsonl(tmp_path / "events.jsonl")] == ["settings", "failure"]

@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,11 +17,19 @@ LAYERS = {
     "models": 2, "data": 2, "scoring": 2, "training": 2, "weights": 2,
     "weights/object_ref": 3, "weights/nccl": 3, "weights/engine": 3, "weights/media": 3,
     "scoring/vllm_reader": 3, "actors": 3,
-    "driver": 4, "session": 4, "prepare": 4, "preflight": 4, "actor_settings": 4, "records": 4,
+    "counts_and_warnings": 4, "driver": 4, "session": 4, "prepare": 4, "preflight": 4, "actor_settings": 4,
+    "records": 4,
     "instruments": 5,
     "cli": 6, "flags": 6, "help_pages": 6, "__main__": 6,
 }  # fmt: skip
 """Floor of each room, and of a file that stands on another floor than its room."""
+ORDER = [
+    "session", "records", "counts_and_warnings", "preflight", "actor_settings", "prepare", "driver",
+    "instruments/pages", "instruments/report", "instruments/toy", "instruments/audit", "instruments/credit",
+    "instruments/compare", "instruments/quickstart",
+    "flags", "help_pages", "cli", "__main__",
+]  # fmt: skip
+"""Rooms of floors 4 to 6, each of which may import those before it and not those behind it."""
 THIRD_PARTY = [
     {"pydantic", "pydantic_settings", "numpy", "jaxtyping"},
     {"torch"},
@@ -42,8 +50,6 @@ THIRD_PARTY = [
     {"ray", "vllm"},
 ]
 """What a layer adds to those below it; from floor 4 up everything may be imported."""
-DEBTS = {"driver.py"}
-"""Files that still import upwards; to be empty."""
 TRL_FILES = {"training/sft.py", "training/reward_model.py"}
 
 
@@ -62,6 +68,23 @@ def sources() -> list[Path]:
     return sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
+def room(parts: Sequence[str]) -> str:
+    """The room that a file, or an imported module of ours, is in: `records`, `instruments/report`."""
+    names = [part.removesuffix(".py") for part in parts]
+    return "/".join(names[:2]) if names[0] == "instruments" else names[0]
+
+
+def backwards(relative: Path) -> Iterator[str]:
+    """Imports of a room of the same floor that stands behind the file's own."""
+    own, floor = room(relative.parts), layer(relative)
+    for line, target in imports(relative):
+        other = room(target[1:]) if target[0] == "r3hf_ray" and len(target) > 1 else own
+        if other == own or layer_of(target) != floor:
+            continue
+        if ORDER.index(other) > ORDER.index(own):
+            yield f"line {line}: {other} stands behind {own} in ORDER"
+
+
 def imports(relative: Path) -> Iterator[tuple[int, list[str]]]:
     """Line and dotted module of every import of a file, inside functions and TYPE_CHECKING blocks too."""
     for node in ast.walk(ast.parse((PACKAGE / relative).read_text())):
@@ -75,7 +98,7 @@ def imports(relative: Path) -> Iterator[tuple[int, list[str]]]:
             yield from ((node.lineno, [*target, alias.name]) for alias in node.names)
 
 
-@pytest.mark.parametrize("relative", [path for path in sources() if str(path) not in DEBTS], ids=str)
+@pytest.mark.parametrize("relative", sources(), ids=str)
 def test_imports_point_down(relative: Path) -> None:
     own = layer(relative)
     allowed = set().union(*THIRD_PARTY[: own + 1]) | set(sys.stdlib_module_names)
@@ -89,6 +112,26 @@ def test_imports_point_down(relative: Path) -> None:
         elif target[0] == "trl" and str(relative) not in TRL_FILES:
             wrong.append(f"line {line}: trl (9 s to import) belongs in {sorted(TRL_FILES)} only")
     assert not wrong, f"r3hf_ray/{relative}: " + "; ".join(wrong)
+
+
+@pytest.mark.parametrize("relative", [path for path in sources() if layer(path) >= 4], ids=str)
+def test_rooms_of_the_upper_floors_keep_their_order(relative: Path) -> None:
+    if relative.name != "__init__.py":
+        assert room(relative.parts) in ORDER, f"r3hf_ray/{relative}: say in ORDER where it stands"
+    wrong = list(backwards(relative))
+    assert not wrong, f"r3hf_ray/{relative}: " + "; ".join(wrong)
+
+
+def test_an_import_against_the_order_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records/x.py").write_text(
+        "from r3hf_ray.driver import a\nfrom r3hf_ray.session import b\nfrom r3hf_ray.records.jsonl import c\n"
+    )
+    (tmp_path / "instruments/pages").mkdir(parents=True)
+    (tmp_path / "instruments/pages/x.py").write_text("def f():\n    from r3hf_ray.instruments.compare import page\n")
+    assert list(backwards(Path("records/x.py"))) == ["line 1: driver stands behind records in ORDER"]
+    assert len(list(backwards(Path("instruments/pages/x.py")))) == 1
 
 
 def loaded_after_importing(modules: list[str], watched: list[str]) -> list[str]:
@@ -115,7 +158,6 @@ def test_data_layer_loads_no_torch() -> None:
 def test_torch_layers_load_neither_ray_nor_vllm_nor_trl() -> None:
     found = modules(2)
     assert {"r3hf_ray.algorithms.redistribution", "r3hf_ray.models.load", "r3hf_ray.training.ppo"} <= set(found)
-    found = [name for name in found if name.removeprefix("r3hf_ray.").replace(".", "/") + ".py" not in DEBTS]
     assert loaded_after_importing(found, ["ray", "vllm", "trl"]) == []
 
 

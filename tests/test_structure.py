@@ -1,6 +1,9 @@
 """House rules that ruff has no rule for: what the package's source may not contain, and how long it may be."""
 
 import ast
+import io
+import tokenize
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "r3hf_ray"
 FILE_LINES = 350
 FUNCTION_LINES = 60
+CODE_LINES, CODE_LINES_OF_THE_SYSTEM = 12_400, 8_000
+"""Of the whole package, and of it without `instruments/`: no blanks, comments or docstrings."""
 FORBIDDEN_CALLS = {
     "getattr": "name the attribute, or use a dict of name -> function (pkgutil.resolve_name for a user's own)",
     "setattr": "name the attribute",
@@ -109,3 +114,51 @@ except Exception as error:
     raise
 """
     assert list(findings(ast.parse(source))) == []
+
+
+def code_lines(source: str) -> int:
+    """Lines that hold code: not blank, no comment, no docstring (nor any other text that stands alone)."""
+    texts: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            texts |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    empty = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in empty:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - texts)
+
+
+def test_the_package_stays_as_small_as_it_was_made() -> None:
+    of_room: Counter[str] = Counter()
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).parts
+        of_room["/".join(parts[:2]) if parts[0] == "instruments" else parts[0]] += code_lines(path.read_text())
+    instruments = sum(lines for room, lines in of_room.items() if room.startswith("instruments"))
+    system = of_room.total() - instruments
+    table = "\n".join(f"{lines:6}  {room}" for room, lines in of_room.most_common())
+    assert of_room.total() <= CODE_LINES and system <= CODE_LINES_OF_THE_SYSTEM, (
+        f"{of_room.total()} code lines, of which the system without instruments {system}; allowed {CODE_LINES} and "
+        f"{CODE_LINES_OF_THE_SYSTEM}: drop what is there twice\n{table}"
+    )
+
+
+def test_only_code_counts_as_code() -> None:
+    source = '''"""Docstring,
+of two lines."""
+
+import ast  # a comment
+
+
+def f(x):
+    """Docstring."""
+    # a comment
+    text = """of
+    two lines"""
+    return (
+        ast,
+        text,
+    )
+'''
+    assert code_lines(source) == 8

@@ -13,7 +13,7 @@ It holds refs, ids and lengths; it never touches a tensor and does not import to
 | a learner rank     | all samples of its step (`next_share`)    | the last chunk of the step, scored or quarantined  |
 | a rollout actor    | its mailbox, in the order of submission   | nobody else submits to it, so that order is a lock |
 
-Slots: ``(max_lag + 1) * chunks_per_step``. With max_lag = 0 the chunks of step k start only once version k is queued:
+Slots: ``(max_lag + 1) * rollout.chunks``. With max_lag = 0 the chunks of step k start only once version k is queued:
 synchronous PPO. With max_lag = L a sample is at most L versions behind the step that trains on it.
 """
 
@@ -26,8 +26,17 @@ from typing import Any
 import numpy as np
 from ray.exceptions import RayError
 
-from r3hf_ray.actors.dispatch import Events, Member, Pipeline, Tally, Verdict, members
-from r3hf_ray.actors.shares import Row, Share, Step, calibration_of, evaluation_metrics, unlike_units
+from r3hf_ray.actors.dispatch import Dispatch, Tally
+from r3hf_ray.actors.fleet import Fleet, Member
+from r3hf_ray.actors.outcome import Outcome, Timeline
+from r3hf_ray.actors.shares import (
+    FillingBatch,
+    MetricsRow,
+    RankShare,
+    calibration_of,
+    evaluation_metrics,
+    unlike_units,
+)
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import split_evenly, step_requests, stream_requests
 from r3hf_ray.errors import RunFailed, sentence_of
@@ -39,9 +48,10 @@ from r3hf_ray.weights.contract import Publication, TransferStep
 class Snapshot:
     """What the driver shows and writes; scalars and words."""
 
-    rows: list[Row]
+    rows: list[MetricsRow]
     events: list[dict[str, Any]]
-    stages: dict[str, str]
+    doing: dict[str, str]
+    """What each kind of actor does now."""
     failed: str | None
 
 
@@ -51,8 +61,8 @@ class Coordinator:
     def __init__(
         self,
         config: PPOConfig,
-        rollouts: list[Any],
-        rewards: list[Any],
+        rollouts: dict[str, Any],
+        rewards: dict[str, Any],
         *,
         prompts: list[np.ndarray],
         heldout: list[np.ndarray],
@@ -62,30 +72,30 @@ class Coordinator:
 
         Args:
             config: of the run.
-            rollouts: handles of the rollout actors.
-            rewards: handles of the reward actors.
+            rollouts: handles of the rollout actors, by a name for people.
+            rewards: handles of the reward actors, likewise.
             prompts: token ids of the prompts to train on.
             heldout: token ids of the held-out prompts.
             attempt: number of the first learner group's attempt: 0, or more in a resumed run.
         """
         self._config = config
         self._prompts, self._heldout = prompts, heldout
-        self._rows: list[Row] = []
-        self._events = Events()
-        self._verdict = Verdict(self._events)
-        self._pipeline = Pipeline(
-            members("rollout", rollouts),
-            members("reward", rewards),
-            max_attempts=config.rollout.max_attempts,
+        self._rows: list[MetricsRow] = []
+        self._timeline = Timeline()
+        self._outcome = Outcome(self._timeline)
+        self._fleet = Fleet(
+            [Member(name, handle) for name, handle in rollouts.items()],
+            [Member(name, handle) for name, handle in rewards.items()],
             max_gap=config.weights.max_logprob_gap or (1e-3 if config.rollout.dtype == "float32" else 0.05),
-            events=self._events,
-            verdict=self._verdict,
+            timeline=self._timeline,
+            outcome=self._outcome,
         )
+        self._dispatch = Dispatch(self._fleet, config.rollout.max_attempts)
         self._first_attempt, self._attempt = attempt, attempt - 1
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._steps: dict[int, Step] = {}
-        self._confirmed: dict[int, asyncio.Task[Row]] = {}
-        self._unconfirmed: dict[int, Row] = {}
+        self._steps: dict[int, FillingBatch] = {}
+        self._confirmed: dict[int, asyncio.Task[MetricsRow]] = {}
+        self._unconfirmed: dict[int, MetricsRow] = {}
         self._calibration: dict[str, tuple[float, float]] = {}
         self._calibrated, self._published = asyncio.Event(), asyncio.Event()
         self._slots = asyncio.Semaphore(0)
@@ -95,7 +105,7 @@ class Coordinator:
 
     async def begin(self, step: int) -> None:
         """A learner group (re)starts at `step`: drop whatever was under way; generation waits for its first weights."""
-        self._verdict.check()
+        self._outcome.check()
         for task in list(self._tasks):
             task.cancel()
         # A rank may die after its step was checkpointed and before the samplers confirmed: that step is not done again.
@@ -103,8 +113,8 @@ class Coordinator:
         self._reset(step)
         self._attempt += 1
         kind = "started" if self._attempt == self._first_attempt else "restart"
-        self._events.add(kind, step=step, attempt=self._attempt)
-        self._events.stage("learner", f"started at step {step}")
+        self._timeline.add(kind, step=step, attempt=self._attempt)
+        self._timeline.now("learner", f"started at step {step}")
         self._spawn(self._run(step))
 
     async def publish(self, publication: Publication) -> None:
@@ -114,47 +124,47 @@ class Coordinator:
         in a collective. All ranks hear of it in `next_share`.
         """
         version = publication.version
-        self._pipeline.latest = publication
-        loads = [(member, self._pipeline.load(member)) for member in self._pipeline.rollouts if member.alive]
+        self._fleet.latest = publication
+        loads = [(member, self._fleet.load(member)) for member in self._fleet.rollouts if member.alive]
         self._confirmed[version] = self._spawn(self._confirm(publication, loads))
         self._steps = {step: batch for step, batch in self._steps.items() if step >= version}
         if self._evaluation_due(version):
             self._spawn(self._evaluate(version))
         lag = self._config.rollout.max_lag if version == self._first_version else 0
-        for _ in range(self._config.rollout.chunks_per_step * (lag + 1)):
+        for _ in range(self._config.rollout.chunks * (lag + 1)):
             self._slots.release()
 
     async def transfer(self, step: TransferStep, payload: dict[str, Any] | None) -> None:
         """One call of vLLM's weight-sync client at every sampler; each gets its own place in the transfer group."""
-        self._verdict.check()
+        self._outcome.check()
 
         def place(number: int) -> dict[str, Any] | None:
             return {**payload, "rank_offset": 1 + number} if step is TransferStep.INIT and payload else payload
 
-        rollouts = enumerate(self._pipeline.rollouts)
+        rollouts = enumerate(self._fleet.rollouts)
         try:
             await asyncio.gather(*(member.handle.transfer.remote(step, place(number)) for number, member in rollouts))
         except RayError as error:
-            self._verdict.fail(f"weight transfer failed at a sampler ({step.value}): {sentence_of(error)}")
+            self._outcome.fail(f"weight transfer failed at a sampler ({step.value}): {sentence_of(error)}")
 
     async def calibration(self) -> dict[str, tuple[float, float]]:
         """(mean, std) of each model's sequence reward over samples of the policy as it was published first.
 
         By name, the main model's as ``reward``; nothing without calibration samples.
         """
-        await self._verdict.or_failure(self._calibrated.wait())
+        await self._outcome.or_failure(self._calibrated.wait())
         return self._calibration
 
-    async def next_share(self, step: int, rank: int) -> Share:
+    async def next_share(self, step: int, rank: int) -> RankShare:
         """This rank's part of the batch of `step`, once every sample is scored or quarantined."""
         if rank == 0:
-            self._events.stage("learner", f"waiting for the batch of step {step + 1}")
-        await self._verdict.or_failure(self._step(step).full.wait())
+            self._timeline.now("learner", f"waiting for the batch of step {step + 1}")
+        await self._outcome.or_failure(self._step(step).full.wait())
         if rank == 0:
-            self._events.stage("learner", f"training on step {step + 1}")
+            self._timeline.now("learner", f"training on step {step + 1}")
         return self._step(step).share(self._config, step, rank)
 
-    async def report(self, step: int, metrics: Row) -> None:
+    async def report(self, step: int, metrics: MetricsRow) -> None:
         """Close the metrics row of `step` (PPO steps done) once its weights are confirmed at the samplers."""
         row = {"train/global_step": step, "attempt": self._attempt, "time": time.time(), **metrics}
         self._unconfirmed[step] = row
@@ -164,11 +174,11 @@ class Coordinator:
 
     async def event(self, kind: str, **fields: Any) -> None:
         """Record something the driver should write and show."""
-        self._events.add(kind, **fields)
+        self._timeline.add(kind, **fields)
 
     async def fail(self, sentence: str) -> None:
         """End the run: raises `RunFailed` here too."""
-        self._verdict.fail(sentence)
+        self._outcome.fail(sentence)
 
     # ------------------------------------------------------------------ the driver's side
 
@@ -176,16 +186,16 @@ class Coordinator:
         """Everything since the last poll."""
         return Snapshot(
             rows=self._rows[rows_seen:],
-            events=self._events.list[events_seen:],
-            stages=self._events.stages(),
-            failed=self._verdict.sentence,
+            events=self._timeline.events[events_seen:],
+            doing=self._timeline.doing(),
+            failed=self._outcome.sentence,
         )
 
     async def finish(self) -> None:
         """Wait for what is still under way after the last step: the last load and the last evaluation."""
-        self._events.stage("learner", "finished")
+        self._timeline.now("learner", "finished")
         if self._tasks:
-            await self._verdict.or_failure(asyncio.wait(set(self._tasks)))
+            await self._outcome.or_failure(asyncio.wait(set(self._tasks)))
 
     # ------------------------------------------------------------------ the loop
 
@@ -197,14 +207,14 @@ class Coordinator:
         rollout = self._config.rollout
         for step in range(first_step, self._config.ppo.steps):
             requests = step_requests(self._prompts, rollout, seed=self._config.run.seed, step=step)
-            for number, chunk in enumerate(split_evenly(requests, rollout.chunks_per_step)):
+            for number, chunk in enumerate(split_evenly(requests, rollout.chunks)):
                 await self._slots.acquire()
-                self._spawn(self._fill(step, step * rollout.chunks_per_step + number, chunk))
+                self._spawn(self._fill(step, step * rollout.chunks + number, chunk))
 
     async def _fill(self, step: int, number: int, requests: list[Request]) -> None:
         """Generate and score one chunk, whatever it takes, and add it to the batch of its step."""
         batch = self._step(step)
-        async for sample in self._pipeline.scored(batch.tally, number, requests, f"step {step + 1}"):
+        async for sample in self._dispatch.scored(batch.tally, number, requests, f"step {step + 1}"):
             batch.samples.append(sample)
         batch.resolved += len(requests)
         if batch.resolved < batch.expected:
@@ -212,32 +222,32 @@ class Coordinator:
         work = self._config.ppo.minibatches * self._config.learner.ranks  # fewer would leave a rank without any
         needed = max((batch.expected + 1) // 2, work)
         if len(batch.samples) < needed:
-            self._verdict.fail(
+            self._outcome.fail(
                 f"{batch.tally.quarantined} of {batch.expected} samples of step {step + 1} failed "
                 f"{self._config.rollout.max_attempts} times and {needed} are needed; {self._last_quarantine()}"
             )
         batch.samples.sort(key=lambda sample: (sample.info.prompt_id, sample.info.sample))
         batch.full.set()
-        self._events.stage("rollout", f"waiting for weights version {step + 1 - self._config.rollout.max_lag}")
-        self._events.stage("reward", "idle")
+        self._timeline.now("rollout", f"waiting for weights version {step + 1 - self._config.rollout.max_lag}")
+        self._timeline.now("reward", "idle")
 
     # ------------------------------------------------------------------ calibration and evaluation
 
     async def _calibrate(self) -> None:
-        await self._verdict.or_failure(self._published.wait())
+        await self._outcome.or_failure(self._published.wait())
         count = self._config.reward.calibration_samples
         infos = await self._judge(self._requests("calibration", self._prompts, count), "calibration")
         if len(infos) < 2:
-            self._verdict.fail(f"calibration scored fewer than 2 responses; {self._last_quarantine()}")
+            self._outcome.fail(f"calibration scored fewer than 2 responses; {self._last_quarantine()}")
         try:
             self._calibration = calibration_of(infos, self._config)
         except RunFailed as error:
-            self._verdict.fail(str(error))
+            self._outcome.fail(str(error))
         for name, (mean, std) in self._calibration.items():
-            self._events.add("calibrated", model=name, mean=mean, std=std, responses=len(infos))
+            self._timeline.add("calibrated", model=name, mean=mean, std=std, responses=len(infos))
         lender = self._config.reward.prefixes_from
         if lender is not None and (sentence := unlike_units(self._calibration, lender)):
-            self._events.add("warning", step=0, reason=sentence)
+            self._timeline.add("warning", step=0, reason=sentence)
         self._calibrated.set()
 
     def _evaluation_due(self, version: int) -> bool:
@@ -261,22 +271,22 @@ class Coordinator:
         tally = Tally()
 
         async def part(number: int, chunk: list[Request]) -> list[TrajectoryInfo]:
-            return [sample.info async for sample in self._pipeline.scored(tally, number, chunk, label)]
+            return [sample.info async for sample in self._dispatch.scored(tally, number, chunk, label)]
 
-        workers = max(len(self._pipeline.rollouts), len(self._pipeline.rewards))
+        workers = max(len(self._fleet.rollouts), len(self._fleet.rewards))
         chunks = split_evenly(requests, min(len(requests), workers))
         parts = await asyncio.gather(*(part(number, chunk) for number, chunk in enumerate(chunks)))
         return sorted((info for infos in parts for info in infos), key=lambda info: info.prompt_id)
 
     # ------------------------------------------------------------------ weights
 
-    async def _confirm(self, publication: Publication, loads: list[tuple[Member, Any]]) -> Row:
+    async def _confirm(self, publication: Publication, loads: list[tuple[Member, Any]]) -> MetricsRow:
         """Every sampler must show that it runs what was published; otherwise the run ends."""
         self._published.set()
-        proofs = [await self._pipeline.proven(member, publication, ref) for member, ref in loads]
+        proofs = [await self._fleet.proven(member, publication, ref) for member, ref in loads]
         answers = [loaded for loaded in proofs if loaded]
-        proven = f"version {publication.version} proven at {len(answers)} of {len(self._pipeline.rollouts)} samplers"
-        self._events.stage("weights", proven)
+        proven = f"version {publication.version} proven at {len(answers)} of {len(self._fleet.rollouts)} samplers"
+        self._timeline.now("weights", proven)
         return {
             "sync/version": publication.version,
             "sync/seconds": max((loaded.seconds for loaded in answers), default=0.0),
@@ -295,15 +305,15 @@ class Coordinator:
         self._published, self._calibrated = asyncio.Event(), asyncio.Event()
         self._calibration = {}
 
-    def _step(self, step: int) -> Step:
-        return self._steps.setdefault(step, Step(expected=self._config.responses_per_step))
+    def _step(self, step: int) -> FillingBatch:
+        return self._steps.setdefault(step, FillingBatch(expected=self._config.responses_per_step))
 
     def _last_quarantine(self) -> str:
-        reasons = [event["reason"] for event in self._events.list if event["event"] == "quarantined"]
+        reasons = [event["reason"] for event in self._timeline.events if event["event"] == "quarantined"]
         return f"the last reason: {reasons[-1]}" if reasons else "see events.jsonl"
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.create_task(self._verdict.guard(work))
+        task = asyncio.create_task(self._outcome.guard(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

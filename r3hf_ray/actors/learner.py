@@ -1,4 +1,4 @@
-"""The learner group: how Ray Train starts and ends it, and what each rank does.
+"""The learner group: what Ray Train starts it with, what ends it, and what each rank does.
 
 A rank pulls its share of a batch, updates, publishes weights, and checkpoints.
 
@@ -19,18 +19,11 @@ import ray
 import ray.train
 import torch
 from ray.exceptions import RayActorError
-from ray.train import (
-    Checkpoint,
-    CheckpointConfig,
-    CheckpointConsistencyMode,
-    FailureConfig,
-    RunConfig,
-    ScalingConfig,
-    UserCallback,
-)
+from ray.train import Checkpoint, CheckpointConsistencyMode, UserCallback
 
-from r3hf_ray.actors.environment import ACTORS, of_threads
-from r3hf_ray.actors.shares import Share
+from r3hf_ray.actors.environment import of_threads
+from r3hf_ray.actors.fleet import TrainGroup, train_group
+from r3hf_ray.actors.shares import RankShare
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import DivergenceError, ModelError, RunFailed, TelescopingError
 from r3hf_ray.models.sharding import make_mesh
@@ -84,37 +77,17 @@ class RestartGuard(UserCallback):
             raise RunFailed(snapshot.failed)
 
 
-def fit(settings: LearnerSettings) -> None:
-    """Run the learner group to its end.
-
-    Raises:
-        TrainingFailedError: the run has failed, or the group was lost more often than `learner.max_failures`.
-    """
-    from ray.train.torch import TorchConfig, TorchTrainer
-
+def learner_group(settings: LearnerSettings) -> TrainGroup:
+    """The learner group, not yet started."""
     config, learner = settings.config, settings.config.learner
-    on_gpu = learner.gpus_per_rank > 0
-    overlap = config.rollout.max_lag > 0
-    environment = ACTORS | of_threads(learner.threads, cpus=learner.cpus_per_rank, overlap=overlap)
-    gpus = {"GPU": learner.gpus_per_rank} if on_gpu else {}
-    TorchTrainer(
+    return train_group(
         train_loop,
-        train_loop_config={"learner": settings},
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=learner.ranks,
-            use_gpu=on_gpu,
-            resources_per_worker={"CPU": learner.cpus_per_rank} | gpus,
-        ),
-        run_config=RunConfig(
-            name="checkpoints",
-            storage_path=str(settings.run_folder),
-            failure_config=FailureConfig(max_failures=learner.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=learner.keep_checkpoints),
-            worker_runtime_env={"env_vars": environment},
-            callbacks=[RestartGuard(settings.namespace)],
-        ),
-    ).fit()
+        {"learner": settings},
+        learner,
+        settings.run_folder,
+        environment=of_threads(learner.threads, cpus=learner.cpus_per_rank, overlap=config.rollout.max_lag > 0),
+        callbacks=[RestartGuard(settings.namespace)],
+    )
 
 
 def train_loop(settings: dict[str, LearnerSettings]) -> None:
@@ -203,7 +176,7 @@ class _Rank:
 
     def _step(self) -> None:
         start = time.perf_counter()
-        share: Share = ray.get(self._coordinator.next_share.remote(self._learner.step, self._rank))
+        share: RankShare = ray.get(self._coordinator.next_share.remote(self._learner.step, self._rank))
         scored: list[ScoredTrajectory] = ray.get(share.refs)
         waited = time.perf_counter() - start
         metrics = self._learner.update(scored, minibatch_of=share.minibatch_of)
@@ -238,7 +211,7 @@ class _Rank:
                 self._warned.add(name)
                 self._coordinator.event.remote("warning", step=self._learner.step, reason=sentence)
 
-    def _dump_samples(self, share: Share) -> None:
+    def _dump_samples(self, share: RankShare) -> None:
         step, tracking = self._learner.step, self._config.tracking
         due = step in (1, self._config.ppo.steps) or step % tracking.samples_every == 0
         if tracking.samples_per_dump and due:

@@ -138,7 +138,7 @@ class RolloutActor:
         )
         if len(tokens) == 0 or not np.isfinite(logprobs).all():
             reason = "empty response" if len(tokens) == 0 else "a behaviour logprob is not finite"
-            return Failure(prompt_id=request.prompt_id, sample=request.sample, stage="generate", reason=reason)
+            return Failure(prompt_id=request.prompt_id, sample=request.sample, call="generate", reason=reason)
         return Trajectory(
             prompt_id=request.prompt_id,
             sample=request.sample,

@@ -6,21 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from r3hf_ray.actors.dispatch import Sample, Tally
+from r3hf_ray.actors.dispatch import ScoredRef, Tally
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import deal_to_ranks, minibatch_of
 from r3hf_ray.errors import RunFailed
 from r3hf_ray.sections.models import field_of
 from r3hf_ray.types import MAIN, Finish, TrajectoryInfo
 
-Row = dict[str, int | float]
+MetricsRow = dict[str, int | float]
 """Metrics of one step by name; counts are integers."""
 UNIT_FACTOR = 2.0
 """How far the spreads of two models trained on the same preferences may lie apart without a warning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class RankShare:
     """What one learner rank trains on in one step."""
 
     refs: list[Any]
@@ -31,21 +31,21 @@ class Share:
     """Responses of the step over all ranks."""
     golds: dict[tuple[int, int], float | None]
     """(prompt_id, sample) -> gold score, where there is a judge."""
-    metrics: Row
+    metrics: MetricsRow
     """Scalars of the step that only the coordinator knows."""
 
 
 @dataclass(slots=True)
-class Step:
+class FillingBatch:
     """The batch of one step while it fills."""
 
     expected: int
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[ScoredRef] = field(default_factory=list)
     resolved: int = 0
     tally: Tally = field(default_factory=Tally)
     full: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def share(self, config: PPOConfig, step: int, rank: int) -> Share:
+    def share(self, config: PPOConfig, step: int, rank: int) -> RankShare:
         """What rank `rank` trains on in step `step`, once the batch is full."""
         lengths = [sample.info.length for sample in self.samples]
         ppo = config.ppo
@@ -55,13 +55,13 @@ class Step:
             for epoch in range(ppo.epochs)
         ]
         golds = [sample.info.gold for sample in self.samples if sample.info.gold is not None]
-        metrics: Row = {
+        metrics: MetricsRow = {
             "rollout/failed": self.tally.quarantined,
             "rollout/retried": self.tally.retried,
             "time/rollout": self.tally.rollout_seconds,
             "time/reward": self.tally.reward_seconds,
         }
-        return Share(
+        return RankShare(
             refs=[self.samples[i].ref for i in mine],
             minibatch_of=[[plan[i] for i in mine] for plan in plans],
             responses=len(lengths),
@@ -98,7 +98,7 @@ def unlike_units(calibration: Mapping[str, tuple[float, float]], lender: str) ->
     )
 
 
-def evaluation_metrics(infos: list[TrajectoryInfo]) -> Row:
+def evaluation_metrics(infos: list[TrajectoryInfo]) -> MetricsRow:
     """Means over held-out prompts (at least one), with the standard error of the gold score."""
     golds = [info.gold for info in infos if info.gold is not None]
     lengths = [info.length - info.prompt_len for info in infos]

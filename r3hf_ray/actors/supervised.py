@@ -5,8 +5,6 @@ line a step to `metrics.jsonl` (run folders lie on storage that driver and ranks
 """
 
 import json
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,19 +14,17 @@ from typing import Any, TypeVar
 import ray
 import torch
 import transformers
-from ray.train import RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
 
-from r3hf_ray.actors.environment import ACTORS
+from r3hf_ray.actors.fleet import train_group
 from r3hf_ray.config import RewardConfig, SFTConfig
-from r3hf_ray.errors import RunFailed
+from r3hf_ray.errors import RunFailed, sentence_of
 from r3hf_ray.models.folder import absolute
 from r3hf_ray.sections.actors import TrainerSection
 from r3hf_ray.training.reward_model import train_on_groups, train_on_pairs
 from r3hf_ray.training.sft import train_policy
 from r3hf_ray.types import Example, Pair, RankedGroup
 
-Row = dict[str, Any]
+LoggedRow = dict[str, Any]
 StageConfig = TypeVar("StageConfig", SFTConfig, RewardConfig)
 _POLL_SECONDS = 0.2
 
@@ -40,7 +36,7 @@ def fit_policy(
     *,
     folder: Path,
     attempt: int,
-    on_row: Callable[[Row], None],
+    on_row: Callable[[LoggedRow], None],
 ) -> None:
     """Supervised fine-tuning on `config.trainer.ranks` ranks; leaves `folder/model` and rows in `folder/metrics.jsonl`.
 
@@ -66,7 +62,7 @@ def fit_reward_model(
     *,
     folder: Path,
     attempt: int,
-    on_row: Callable[[Row], None],
+    on_row: Callable[[LoggedRow], None],
 ) -> None:
     """Bradley-Terry training on pairs or ranked groups; as `fit_policy`."""
     run = partial(_fit_reward_rank, _with_absolute_base(config), folder=folder, attempt=attempt)
@@ -113,43 +109,19 @@ def _fit(
     data: tuple[Sequence[Any], Sequence[Any]],
     trainer: TrainerSection,
     folder: Path,
-    on_row: Callable[[Row], None],
+    on_row: Callable[[LoggedRow], None],
 ) -> None:
-    """Run the group in a thread and follow its metrics here.
-
-    `fit()` polls its ranks; at the default of 2 s a tiny stage would mostly wait for polls.
-    """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-    gpu = trainer.gpus_per_rank > 0
-    resources = {"CPU": trainer.cpus_per_rank} | ({"GPU": trainer.gpus_per_rank} if gpu else {})
-    group = TorchTrainer(
-        _rank,
-        train_loop_config={"run": run, "threads": trainer.threads, "data": [ray.put(list(part)) for part in data]},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=trainer.ranks, use_gpu=gpu, resources_per_worker=resources),
-        run_config=RunConfig(
-            name="checkpoints",
-            storage_path=str(folder),
-            worker_runtime_env={"env_vars": ACTORS},
-        ),
-    )
-    failures: list[TrainingFailedError] = []
-    thread = threading.Thread(target=_guarded, args=(group, failures), daemon=True, name=f"{stage}-fit")
+    """Run the group and follow its metrics here."""
+    settings = {"run": run, "threads": trainer.threads, "data": [ray.put(list(part)) for part in data]}
+    group = train_group(_rank, settings, trainer, folder)
     rows = _new_rows(folder / "metrics.jsonl")
-    thread.start()
-    while thread.is_alive():
-        thread.join(_POLL_SECONDS)
+    group.start()
+    while group.is_alive():
+        group.join(_POLL_SECONDS)
         for row in next(rows):
             on_row(row)
-    if failures:
-        raise RunFailed(f"{stage} failed: {_cause(failures[0])}") from failures[0]
-
-
-def _guarded(group: TorchTrainer, failures: list[TrainingFailedError]) -> None:
-    try:
-        group.fit()
-    except TrainingFailedError as error:
-        failures.append(error)
+    if group.error:
+        raise RunFailed(f"{stage} failed: {_cause(group.error)}") from group.error
 
 
 def _rank(loop: dict[str, Any]) -> None:
@@ -160,11 +132,11 @@ def _rank(loop: dict[str, Any]) -> None:
     loop["run"](*ray.get(loop["data"]))
 
 
-def _new_rows(path: Path) -> Iterator[list[Row]]:
+def _new_rows(path: Path) -> Iterator[list[LoggedRow]]:
     """Each turn: the whole lines appended since the last one; what was there at the start is left out."""
     position = path.stat().st_size if path.exists() else 0
     while True:
-        lines: list[Row] = []
+        lines: list[LoggedRow] = []
         if path.exists():
             with path.open("rb") as file:
                 file.seek(position)
@@ -175,10 +147,10 @@ def _new_rows(path: Path) -> Iterator[list[Row]]:
         yield lines
 
 
-def _cause(error: TrainingFailedError) -> str:
+def _cause(error: BaseException) -> str:
     """The first rank's own error in one sentence."""
     failures = error.worker_failures if isinstance(error, ray.train.WorkerGroupError) else {}
     for rank, failure in sorted(failures.items()):
         lines = [line for line in str(failure).splitlines() if line.strip()]
         return f"rank {rank}: {lines[-1].strip()}" if lines else f"rank {rank}: {failure!r}"
-    return " ".join(str(error).split())
+    return sentence_of(error)

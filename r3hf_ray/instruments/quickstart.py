@@ -15,6 +15,7 @@ from r3hf_ray.config import PPOConfig
 from r3hf_ray.driver import RunResult, run_ppo
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.instruments.credit.toy_credit import ToyMeasures, reward_model_agreement
+from r3hf_ray.instruments.report.report import write_report
 from r3hf_ray.instruments.toy.settings import ToySection
 from r3hf_ray.instruments.toy.trained_models import ToyModels
 from r3hf_ray.session import ray_session
@@ -52,7 +53,7 @@ def quickstart(folder: Path, *, seed: int, short: bool, console: Console) -> int
         result = run_ppo(job, resume=False, console=console)
     seconds = {"sft": policy.seconds, "rm": judge.seconds, "ppo": result.seconds}
     accuracy = judge.metrics["eval/heldout/pair_accuracy"]
-    _print_end(console, result, credit, accuracy, seconds, time.monotonic() - start)
+    _print_end(console, result, write_report(result.folder), credit, accuracy, seconds, time.monotonic() - start)
     missed = [] if short else _missed(result, accuracy)
     for sentence in missed:
         console.print(f"missed: {sentence}")
@@ -87,7 +88,13 @@ def _lines(console: Console) -> Callable[[Mapping[str, Any]], None]:
 
 
 def _print_end(
-    console: Console, result: RunResult, credit: ToyMeasures, accuracy: float, seconds: dict[str, float], total: float
+    console: Console,
+    result: RunResult,
+    report: Path,
+    credit: ToyMeasures,
+    accuracy: float,
+    seconds: dict[str, float],
+    total: float,
 ) -> None:
     before, after = result.rows[0], result.rows[-1]
     phrase, token = credit.phrase, credit.token
@@ -104,7 +111,7 @@ def _print_end(
     stages = " ".join(f"{name} {_minutes(spent)}" for name, spent in seconds.items())
     console.print(
         f"gold {_gold(before)} -> {_gold(after)} | RM accuracy {accuracy:.2f} | phrase AUC {phrase.auc.value:.2f} | "
-        f"{_minutes(total)} ({stages}) | report: {_short_path(result.report)}"
+        f"{_minutes(total)} ({stages}) | report: {_short_path(report)}"
     )
 
 

@@ -31,9 +31,9 @@ class Progress:
     """Shows snapshots of a run: a live display on a terminal, otherwise one line a step and a heartbeat.
 
     A snapshot is a plain dict:
-    ``{"step": 3, "steps": 60, "metrics": {"kl/ref/mean": 0.4}, "stages": {"rollout": "generating chunk 3 (12 s)"}}``.
-    ``step`` counts finished steps. A stage that ends in ``(12 s)`` has its own clock; for others the time since its
-    text last changed is shown.
+    ``{"step": 3, "steps": 60, "metrics": {"kl/ref/mean": 0.4}, "doing": {"rollout": "generating chunk 3 (12 s)"}}``.
+    ``step`` counts finished steps. A text that ends in ``(12 s)`` has its own clock; for others the time since it
+    last changed is shown.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Progress:
         self._start = self._last_line = clock()
         self._last_step = -1
         self._since: dict[str, tuple[str, float]] = {}
-        self._snapshot: Mapping[str, Any] = {"step": 0, "steps": 1, "metrics": {}, "stages": {}}
+        self._snapshot: Mapping[str, Any] = {"step": 0, "steps": 1, "metrics": {}, "doing": {}}
         self._live = Live(get_renderable=self._display, console=self._console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> "Progress":
@@ -63,10 +63,10 @@ class Progress:
     def update(self, snapshot: Mapping[str, Any]) -> None:
         """Show a snapshot; cheap, meant to be called at every poll."""
         self._snapshot = snapshot
-        for stage, text in snapshot["stages"].items():
+        for name, text in snapshot["doing"].items():
             doing = _SECONDS_AT_END.sub("", text)
-            if self._since.get(stage, ("", 0.0))[0] != doing:
-                self._since[stage] = (doing, self._clock())
+            if self._since.get(name, ("", 0.0))[0] != doing:
+                self._since[name] = (doing, self._clock())
         step = snapshot["step"]
         if step > self._last_step and step > 0:
             self._finished_step(step)
@@ -75,7 +75,7 @@ class Progress:
         self._last_step = step
 
     def note(self, text: str) -> None:
-        """Print one line above the display (a restart, a warning, a stage that starts)."""
+        """Print one line above the display (a restart, a warning)."""
         self._console.print(Text(text), soft_wrap=True)
         self._last_line = self._clock()
 
@@ -88,17 +88,17 @@ class Progress:
         if self._console.is_terminal:
             return
         quiet = self._clock() - self._last_line
-        stages = " | ".join(f"{stage}: {doing} ({seconds:.0f} s)" for stage, doing, seconds in self._stages())
+        doing = " | ".join(f"{name}: {doing} ({seconds:.0f} s)" for name, doing, seconds in self._doing())
         step = f"step {self._snapshot['step'] + 1}/{self._snapshot['steps']}"
-        self.note(f"{step} still running, quiet for {quiet:.0f} s  {stages}".rstrip())
+        self.note(f"{step} still running, quiet for {quiet:.0f} s  {doing}".rstrip())
 
-    def _stages(self) -> list[tuple[str, str, float]]:
-        """Stage, what it does, and for how many seconds."""
+    def _doing(self) -> list[tuple[str, str, float]]:
+        """Who, what it does, and for how many seconds."""
         rows = []
-        for stage, text in self._snapshot["stages"].items():
-            doing, since = self._since.get(stage, (text, self._clock()))
+        for name, text in self._snapshot["doing"].items():
+            doing, since = self._since.get(name, (text, self._clock()))
             own_clock = _SECONDS_AT_END.search(text)
-            rows.append((stage, doing, float(own_clock[1]) if own_clock else self._clock() - since))
+            rows.append((name, doing, float(own_clock[1]) if own_clock else self._clock() - since))
         return rows
 
     def _display(self) -> Panel:
@@ -117,8 +117,8 @@ class Progress:
         table.add_column(no_wrap=True, style="cyan")
         table.add_column(ratio=1, overflow="ellipsis", no_wrap=True)
         table.add_column(justify="right", no_wrap=True, style="dim")
-        for stage, doing, seconds in self._stages():
-            table.add_row(stage, Text(doing, style="dim" if _WAITING.match(doing) else ""), f"{seconds:.0f} s")
+        for name, doing, seconds in self._doing():
+            table.add_row(name, Text(doing, style="dim" if _WAITING.match(doing) else ""), f"{seconds:.0f} s")
         return Panel(Group(bar, numbers, Text(), table), title="r3hf_ray", title_align="left", border_style="dim")
 
 

@@ -130,7 +130,7 @@ class Scorer:
             logprobs = ref[row, :length].numpy().copy()
             reason = _refusal(readings, row) or _not_finite(parts, logprobs, lender=self._reward.prefixes_from)
             if reason:
-                yield Failure(prompt_id=trajectory.prompt_id, sample=trajectory.sample, stage="score", reason=reason)
+                yield Failure(prompt_id=trajectory.prompt_id, sample=trajectory.sample, call="score", reason=reason)
             else:
                 yield ScoredTrajectory(
                     trajectory=trajectory, ref_logprobs=logprobs, by_model=parts, alignment_loss=losses[row]

@@ -16,8 +16,9 @@ class RolloutSection(Section):
     """Prompts drawn for one PPO step. [prompts]"""
     samples_per_prompt: Positive = 1
     """Responses to each prompt. A step trains on prompts_per_step * samples_per_prompt. [responses]"""
-    chunks_per_step: Positive = 2
-    """A step's prompts are generated in this many equal chunks, so scoring overlaps with generation. [chunks]"""
+    chunks_per_step: Positive | None = None
+    """A step's prompts are generated in this many equal chunks, so scoring overlaps with generation; left out: at least
+    2, and one for each rollout actor, as far as they can be equal. [chunks]"""
     max_response_tokens: Positive = 48
     """Longest response, EOS included. [tokens]"""
     temperature: PositiveFloat = 1.0
@@ -44,6 +45,14 @@ class RolloutSection(Section):
     """Share of a GPU's memory that vLLM may take."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `vllm.LLM`, as they are."""
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a step after `chunks_per_step` is resolved: each holds the same number of prompts."""
+        if self.chunks_per_step is not None:
+            return self.chunks_per_step
+        wished = min(max(2, self.actors), self.prompts_per_step)
+        return next(n for n in range(wished, self.prompts_per_step + 1) if self.prompts_per_step % n == 0)
 
 
 class LearnerSection(Section):

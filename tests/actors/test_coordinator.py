@@ -23,10 +23,10 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import RayActorError
 
-from r3hf_ray.actors import dispatch as pipeline
+from r3hf_ray.actors import dispatch, fleet
 from r3hf_ray.actors.coordinator import Coordinator, Snapshot
 from r3hf_ray.actors.rollout import StaleWeightsError
-from r3hf_ray.actors.shares import Share, evaluation_metrics
+from r3hf_ray.actors.shares import RankShare, evaluation_metrics
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import seed_of
 from r3hf_ray.errors import RunFailed
@@ -67,11 +67,11 @@ class Fake:
             raise ValueError("this prompt breaks the whole call")
         return behaviour
 
-    def failures(self, behaviour: dict[str, Any], stage: str, made: list[tuple[int, int, int]]) -> list[Failure]:
+    def failures(self, behaviour: dict[str, Any], call: str, made: list[tuple[int, int, int]]) -> list[Failure]:
         """Of (prompt_id, sample, attempt): those told to fail in more attempts than they have had."""
-        times = {tuple(key): count for *key, count in behaviour.get(f"fail {stage}", [])}
+        times = {tuple(key): count for *key, count in behaviour.get(f"fail {call}", [])}
         return [
-            Failure(prompt_id=p, sample=s, stage=stage, reason="told to fail")
+            Failure(prompt_id=p, sample=s, call=call, reason="told to fail")
             for p, s, attempt in made
             if attempt < times.get((p, s), 0)
         ]
@@ -143,8 +143,8 @@ class Actors:
     """Two rollout and two reward actors, the folder of their log, and what they are told."""
 
     folder: Path
-    rollouts: list[Any]
-    rewards: list[Any]
+    rollouts: dict[str, Any]
+    rewards: dict[str, Any]
 
     def behave(self, **behaviour: Any) -> None:
         (self.folder / "behaviour.json").write_text(
@@ -165,8 +165,8 @@ def all_actors(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
     reward = ray.remote(FakeReward).options(**options, max_task_retries=2)
     yield Actors(
         folder,
-        [rollout.remote(folder, f"rollout {i}") for i in range(2)],
-        [reward.remote(folder, f"reward {i}") for i in range(2)],
+        {name: rollout.remote(folder, name) for name in ("rollout 0", "rollout 1")},
+        {name: reward.remote(folder, name) for name in ("reward 0", "reward 1")},
     )
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
@@ -175,7 +175,7 @@ def all_actors(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def actors(all_actors: Actors) -> Actors:
     """The same processes for every test, idle, obedient, and with an empty log."""
     all_actors.behave()
-    for actor in (*all_actors.rollouts, *all_actors.rewards):
+    for actor in (*all_actors.rollouts.values(), *all_actors.rewards.values()):
         wait_for(actor)
     (all_actors.folder / "log.jsonl").write_text("")
     return all_actors
@@ -219,7 +219,7 @@ class Learner:
     coordinator: Coordinator
     config: PPOConfig
     before_publish: Callable[[int], Awaitable[None]] | None = None
-    shares: dict[int, list[Share]] = field(default_factory=dict)
+    shares: dict[int, list[RankShare]] = field(default_factory=dict)
     samples: dict[int, list[TrajectoryInfo]] = field(default_factory=dict)
     """Of each step, over all ranks, rank after rank."""
     calibration: dict[str, tuple[float, float]] | None = None
@@ -436,7 +436,7 @@ def test_a_sampler_killed_while_idle_gets_the_latest_weights_before_it_works(act
     async def play(coordinator: Coordinator, learner: Learner) -> None:
         async def kill(step: int) -> None:
             if step == 1:
-                ray.kill(actors.rollouts[0], no_restart=False)
+                ray.kill(actors.rollouts["rollout 0"], no_restart=False)
 
         learner.before_publish = kill
         await learner.run()
@@ -482,14 +482,14 @@ def test_weights_sent_again_after_a_death_must_be_proven_too(actors: Actors) -> 
 
 
 def test_actors_that_keep_dying_end_the_run(actors: Actors, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "LOST_ACTORS_A_CHUNK", 1)
+    monkeypatch.setattr(dispatch, "LOST_ACTORS_A_CHUNK", 1)
     actors.behave(die={"rollout 0 generate": [1, 2], "rollout 1 generate": [1, 2]})
     sentence, _ = failing_run(actors, configuration(rollout={"chunks_per_step": 1}))
     assert sentence == "2 actors died while they worked on one chunk of step 1; see events.jsonl"
 
 
 def test_an_actor_that_never_comes_back_ends_the_run(actors: Actors, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "RECOVERY_SECONDS", 0.5)
+    monkeypatch.setattr(fleet, "RECOVERY_SECONDS", 0.5)
     actors.behave(die={"rollout 9 generate": [1]})
     mortal = ray.remote(FakeRollout).options(num_cpus=0, max_task_retries=0).remote(actors.folder, "rollout 9")
     sentence, snapshot = failing_run(Actors(actors.folder, [mortal], actors.rewards), configuration())
@@ -500,10 +500,10 @@ def test_an_actor_that_never_comes_back_ends_the_run(actors: Actors, monkeypatch
 # ---------------------------------------------------------------------- failures that are the data's
 
 
-@pytest.mark.parametrize("stage", ["generate", "score"])
+@pytest.mark.parametrize("call", ["generate", "score"])
 @pytest.mark.parametrize("max_attempts", [1, 2, 3, 4])
-def test_a_poison_prompt_is_quarantined_alone(actors: Actors, stage: str, max_attempts: int) -> None:
-    actors.behave(**{f"poison_{stage}": [(5, 0)]})
+def test_a_poison_prompt_is_quarantined_alone(actors: Actors, call: str, max_attempts: int) -> None:
+    actors.behave(**{f"poison_{call}": [(5, 0)]})
     config = configuration(
         rollout={"prompts_per_step": 8, "chunks_per_step": 2, "max_attempts": max_attempts}, ppo={"steps": 2}
     )
@@ -512,8 +512,8 @@ def test_a_poison_prompt_is_quarantined_alone(actors: Actors, stage: str, max_at
     assert [p for p, _ in learner.keys(0)] == [p for p in range(8) if p not in lost]
     assert learner.keys(1) == expected_keys(config, 1)
     quarantined = events(snapshot, "quarantined")
-    assert [(event["prompt_id"], event["sample"], event["stage"]) for event in quarantined] == [
-        (p, 0, stage) for p in lost
+    assert [(event["prompt_id"], event["sample"], event["call"]) for event in quarantined] == [
+        (p, 0, call) for p in lost
     ]
     assert all("breaks the whole call" in event["reason"] for event in quarantined)
     assert [row["rollout/failed"] for row in snapshot.rows] == [len(lost), 0]
@@ -529,7 +529,7 @@ def test_a_sample_that_fails_is_tried_again_with_the_same_seed_up_to_the_limit(a
     attempts = {(s.prompt_id, s.sample): s.attempt for s in learner.samples[0]}
     assert attempts == {key: {(1, 0): 2, (3, 1): 1}.get(key, 0) for key in expected_keys(config, 0) if key != (2, 1)}
     (event,) = events(snapshot, "quarantined")
-    assert (event["prompt_id"], event["sample"], event["stage"], event["reason"]) == (2, 1, "generate", "told to fail")
+    assert (event["prompt_id"], event["sample"], event["call"], event["reason"]) == (2, 1, "generate", "told to fail")
     assert snapshot.rows[0]["rollout/failed"] == 1
     assert snapshot.rows[0]["rollout/retried"] == 2 + 2 + 1
     seeds: dict[Any, set[int]] = {}

@@ -27,7 +27,7 @@ class FakeCoordinator:
         raise RunFailed("a remote traceback")
 
     def _poll(self, rows_seen: int, events_seen: int) -> Snapshot:
-        return Snapshot(rows=[], events=[], stages={}, failed=self.failed)
+        return Snapshot(rows=[], events=[], doing={}, failed=self.failed)
 
 
 @pytest.fixture

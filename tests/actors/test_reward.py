@@ -65,7 +65,7 @@ def test_a_failed_score_is_none_and_reported(actor: RewardActor) -> None:
     assert broken is None
     assert isinstance(sound, ScoredTrajectory)
     assert [info.prompt_id for info in report.infos] == [2]
-    assert [(failure.prompt_id, failure.stage) for failure in report.failures] == [(1, "score")]
+    assert [(failure.prompt_id, failure.call) for failure in report.failures] == [(1, "score")]
 
 
 def test_a_chunk_of_which_nothing_was_generated(actor: RewardActor) -> None:

@@ -1,14 +1,19 @@
 """The stages before PPO on a real local Ray: two ranks, their records, and what they refuse."""
 
 import json
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
+from ray.exceptions import ActorDiedError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from r3hf_ray.actors import supervised
+from r3hf_ray.actors.fleet import TrainGroup
 from r3hf_ray.actors.supervised import _new_rows
 from r3hf_ray.config import RewardConfig, SFTConfig
 from r3hf_ray.errors import ConfigError, RunFailed
@@ -116,6 +121,40 @@ def test_a_failure_is_one_sentence_and_resume_starts_again(sections: dict[str, A
     result = train_sft(SFTConfig(**single, sft={**steps, "learning_rate": 1e-3}), resume=True)
     assert (result.model / "model.safetensors").is_file()
     assert read_jsonl(folder / "metrics.jsonl")[-1]["attempt"] == 1
+
+
+@pytest.mark.parametrize("died", [True, False], ids=["controller killed", "no model"])
+def test_no_model_is_no_success(sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch, died: bool) -> None:
+    """A killed controller of Ray Train is an error that is no `TrainingFailedError`: the command said it was done."""
+
+    def fit() -> None:
+        if died:
+            raise ActorDiedError()
+
+    monkeypatch.setattr(supervised, "train_group", lambda *arguments, **options: TrainGroup(fit))
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    with pytest.raises(RunFailed, match="sft failed: The actor died" if died else "no complete model"):
+        train_sft(SFTConfig(**sections, sft={"batch_size": 4, "microbatch_size": 2}))
+    assert read_jsonl(Path(sections["run"]["folder"]) / "stage" / "events.jsonl")[-1]["event"] == "failure"
+
+
+def test_a_torn_model_is_not_taken_for_a_finished_stage(
+    sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save that was interrupted leaves config.json; --resume starts the stage again instead of calling it done."""
+    model = Path(sections["run"]["folder"]) / "stage" / "model"
+
+    def fit() -> None:
+        model.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(sections["model"]["base"], model, dirs_exist_ok=True)
+
+    monkeypatch.setattr(supervised, "train_group", lambda *arguments, **options: TrainGroup(fit))
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    config = SFTConfig(**sections, sft={"batch_size": 4, "microbatch_size": 2})
+    train_sft(config)
+    assert train_sft(config, resume=True).report is None
+    (model / "model.safetensors").write_bytes(b"")
+    assert train_sft(config, resume=True).report is not None
 
 
 @pytest.mark.parametrize(

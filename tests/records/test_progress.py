@@ -20,7 +20,7 @@ def clock():
 
 
 def snapshot(step, stages=None, **metrics):
-    return {"step": step, "steps": 60, "metrics": metrics, "stages": stages or {}}
+    return {"step": step, "steps": 60, "metrics": metrics, "doing": stages or {}}
 
 
 def plain(clock):

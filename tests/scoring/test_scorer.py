@@ -320,7 +320,7 @@ def test_a_number_that_is_not_finite_is_a_failure_and_the_others_stay(
     results = broken.score(ALL)
     failure = results[1]
     assert isinstance(failure, Failure)
-    assert (failure.prompt_id, failure.sample, failure.stage) == (1, 0, "score")
+    assert (failure.prompt_id, failure.sample, failure.call) == (1, 0, "score")
     assert failure.reason.startswith(f"{field} gives a ") and "not finite" in failure.reason
     for ours, theirs in zip(results[:1] + results[2:], sound[:1] + sound[2:], strict=True):
         np.testing.assert_array_equal(ours.main.token_rewards, theirs.main.token_rewards)

@@ -21,6 +21,7 @@ from r3hf_ray.instruments.compare.expectations import results_of
 from r3hf_ray.instruments.compare.schedules import Schedule, check_schedules, parse_schedule
 from r3hf_ray.instruments.compare.screening import check_in_process, screened
 from r3hf_ray.instruments.compare.settings import CompareConfig
+from r3hf_ray.instruments.report.report import write_report
 from r3hf_ray.instruments.toy.trained_models import ToyModels
 from r3hf_ray.records.jsonl import JsonlLog, read_jsonl
 from r3hf_ray.records.run_folder import PPO_MAY_CHANGE, check_run
@@ -146,10 +147,14 @@ def _outcomes(
                 models.prepare(console)
             for number, run in enumerate([] if processes else waiting, start=1):
                 console.rule(f"[bold]{run.folder.name}[/bold]  run {number} of {len(waiting)}", align="left")
-                yield run, outcome_of(partial(run_ppo, run.config, resume=run.folder.exists(), console=console))
+                yield run, outcome_of(partial(_reported, run, console))
     for number, (run, outcome) in enumerate(screened(waiting, processes=processes) if processes else (), start=1):
         console.print(f"{run.folder.name}: {outcome['seconds']} s, {number} of {len(waiting)}", markup=False)
         yield run, outcome
+
+
+def _reported(run: PlannedRun, console: Console) -> None:
+    write_report(run_ppo(run.config, resume=run.folder.exists(), console=console).folder)
 
 
 def _check_arm(config: CompareConfig, arm: str, ppo: PPOConfig, schedules: tuple[Schedule, ...]) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from r3hf_ray.actor_settings import engine_facts, scoring_settings
-from r3hf_ray.actors.dispatch import Sample
+from r3hf_ray.actors.dispatch import ScoredRef
 from r3hf_ray.actors.rollout import EngineFacts, RolloutActor
-from r3hf_ray.actors.shares import Share, Step, calibration_of, evaluation_metrics
+from r3hf_ray.actors.shares import FillingBatch, RankShare, calibration_of, evaluation_metrics
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import step_requests, stream_requests
 from r3hf_ray.errors import RunFailed
@@ -135,15 +135,15 @@ class _Run:
         results = self._scorer.score(trajectories)
         failures = [*report.failures, *(item for item in results if isinstance(item, Failure))]
         if failures:
-            raise RunFailed(f"{failures[0].stage}: {failures[0].reason}")
+            raise RunFailed(f"{failures[0].call}: {failures[0].reason}")
         return [item for item in results if isinstance(item, ScoredTrajectory)]
 
 
 def share_of(
     scored: Sequence[ScoredTrajectory], infos: Sequence[TrajectoryInfo], config: PPOConfig, step: int
-) -> Share:
+) -> RankShare:
     """The batch of step ``step`` as a single learner rank gets it; its refs are the trajectories themselves."""
-    batch = Step(expected=len(scored), samples=list(map(Sample, infos, scored)))
+    batch = FillingBatch(expected=len(scored), samples=list(map(ScoredRef, infos, scored)))
     return batch.share(config, step, rank=0)
 
 

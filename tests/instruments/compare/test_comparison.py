@@ -5,6 +5,7 @@ import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -234,15 +235,18 @@ def test_finished_runs_are_not_run_again_and_a_failure_does_not_stop_the_rest(
 ) -> None:
     ran: list[tuple[str, bool]] = []
 
-    def run_ppo(ppo: PPOConfig, *, resume: bool, console: Console) -> None:
+    def run_ppo(ppo: PPOConfig, *, resume: bool, console: Console) -> SimpleNamespace:
         ran.append((ppo.run.name, resume))
         arm, seed = ppo.run.name.split("-s")
         write_run(PlannedRun(arm=arm, seed=int(seed), config=ppo), slope=0.4, final=4.0)
         if ran == [("sparse-s0", False)]:
             (ppo.run.folder / ppo.run.name / "events.jsonl").unlink()
             raise RunFailed("a rank died")
+        return SimpleNamespace(folder=ppo.run.folder / ppo.run.name)
 
+    reported: list[Path] = []
     monkeypatch.setattr(comparison, "run_ppo", run_ppo)
+    monkeypatch.setattr(comparison, "write_report", reported.append)
     monkeypatch.setattr(comparison, "ray_session", lambda cpus: nullcontext())
     assert compare(config, only=["sparse", "dense"], report_only=False, console=quiet()) == 1
     assert ran == [("sparse-s0", False), ("dense-s0", False), ("sparse-s1", False), ("dense-s1", False)]
@@ -253,6 +257,7 @@ def test_finished_runs_are_not_run_again_and_a_failure_does_not_stop_the_rest(
     assert ran[5:] == [("sparse-s0", True), ("uniform-s0", False)]
     assert compare(config, only=[], report_only=False, console=quiet()) == 0
     assert len(ran) == 7
+    assert len(reported) == 5, "each run that finished has a report"
 
 
 def test_a_finished_run_of_other_settings_is_refused(config: CompareConfig) -> None:

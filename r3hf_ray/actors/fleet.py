@@ -1,0 +1,233 @@
+"""The actors of a run: the only place that makes them, knows which live, and proves what weights they hold.
+
+The death of an actor is nobody's fault: it is watched until Ray has restarted it, gets the latest weights, and works
+again. What ends a run is an actor that does not come back, or one that cannot show the weights it was sent.
+"""
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+
+from r3hf_ray.actors.environment import ACTORS, of_threads
+from r3hf_ray.actors.outcome import Outcome, Timeline
+from r3hf_ray.actors.reward import RewardActor
+from r3hf_ray.actors.rollout import EngineFacts, RolloutActor, StaleWeightsError, engine_environment
+from r3hf_ray.errors import sentence_of
+from r3hf_ray.sections.actors import LearnerSection, RolloutSection, TrainerSection
+from r3hf_ray.sections.rewards import RewardSection
+from r3hf_ray.weights.contract import Loaded, Publication, objection
+
+RECOVERY_SECONDS = 300.0
+"""How long a dead actor may take to come back before the run gives up. [s]"""
+RAY_TRAIN = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # 2 s by default: each save, and a tiny stage, would wait for a poll
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+}
+"""Environment of the process that starts a group; Ray hands it on to the group's controller."""
+
+
+def rollout_actors(section: RolloutSection, facts: EngineFacts, *, namespace: str) -> dict[str, Any]:
+    """Start `rollout.actors` samplers, by a name for people: `rollout 0`."""
+    environment = engine_environment(section) | of_threads(
+        section.threads, cpus=section.cpus_per_actor, overlap=section.max_lag > 0
+    )
+    # A repeated generate after a restart would sample from the wrong weights, so Ray repeats none.
+    start = _starter(RolloutActor, section, environment, repeats=0, namespace=namespace)
+    return {name: start(name).remote(section, facts) for name in _names("rollout", section.actors)}
+
+
+def reward_actors(settings: Any, *, namespace: str, overlap: bool) -> dict[str, Any]:
+    """Start `reward.actors` scorers from `ScoringSettings`; ``overlap``: they work while the learner does."""
+    section = settings.reward
+    environment = of_threads(section.threads, cpus=section.cpus_per_actor, overlap=overlap)
+    # Scoring is deterministic, so Ray may repeat it.
+    start = _starter(RewardActor, section, environment, repeats=2, namespace=namespace)
+    return {name: start(name).remote(settings) for name in _names("reward", section.actors)}
+
+
+def named_actor(kind: type, name: str, *arguments: Any, namespace: str, **options: Any) -> Any:
+    """Start an actor without resources of its own, which others look up by its name."""
+    return ray.remote(kind).options(name=name, namespace=namespace, num_cpus=0).remote(*arguments, **options)
+
+
+def _names(kind: str, count: int) -> list[str]:
+    return [f"{kind} {number}" for number in range(count)]
+
+
+def _starter(
+    kind: type, section: RolloutSection | RewardSection, environment: dict[str, str], *, repeats: int, namespace: str
+) -> Callable[[str], Any]:
+    def named(name: str) -> Any:
+        return ray.remote(kind).options(
+            name=name,
+            namespace=namespace,
+            num_cpus=section.cpus_per_actor,
+            num_gpus=section.gpus_per_actor,
+            max_restarts=-1,
+            max_task_retries=repeats,
+            runtime_env={"env_vars": ACTORS | environment},
+        )
+
+    return named
+
+
+class TrainGroup(threading.Thread):
+    """A Ray Train group in a thread, since `fit` owns the ranks and blocks; it begins with `start`."""
+
+    def __init__(self, fit: Callable[[], object]) -> None:
+        """``fit``: of a trainer."""
+        super().__init__(daemon=True, name="train group")
+        self.error: BaseException | None = None
+        """What ended it, whatever it was; None while it runs, and where it came to its end."""
+        self._fit = fit
+
+    def run(self) -> None:
+        """Fit; not only Ray Train's own errors are kept: what is not would pass for success."""
+        with ExitStack() as stack:
+            stack.push(self._keep)
+            self._fit()
+
+    def _keep(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        self.error = error
+        return True
+
+
+def train_group(
+    loop: Callable[[dict[str, Any]], None],
+    settings: dict[str, Any],
+    section: LearnerSection | TrainerSection,
+    folder: Path,
+    *,
+    environment: dict[str, str] | None = None,
+    callbacks: Sequence[UserCallback] = (),
+) -> TrainGroup:
+    """A group whose ranks each run ``loop(settings)``, with checkpoints below ``folder``; not yet started."""
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    for name, value in RAY_TRAIN.items():
+        os.environ.setdefault(name, value)
+    gpu = section.gpus_per_rank > 0
+    resources = {"CPU": section.cpus_per_rank} | ({"GPU": section.gpus_per_rank} if gpu else {})
+    restarts, keep = 0, None
+    if isinstance(section, LearnerSection):
+        restarts, keep = section.max_failures, section.keep_checkpoints
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=settings,
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=section.ranks, use_gpu=gpu, resources_per_worker=resources),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=str(folder),
+            failure_config=FailureConfig(max_failures=restarts),
+            checkpoint_config=CheckpointConfig(num_to_keep=keep),
+            worker_runtime_env={"env_vars": ACTORS | (environment or {})},
+            callbacks=list(callbacks),
+        ),
+    )
+    return TrainGroup(trainer.fit)
+
+
+@dataclass(slots=True)
+class Member:
+    """A rollout or reward actor as the coordinator sees it.
+
+    Example: ``Member("rollout 0", handle)``
+    """
+
+    name: str
+    handle: Any
+    alive: bool = True
+    needs_weights: bool = False
+
+
+@dataclass(slots=True)
+class Fleet:
+    """Rollout and reward actors: who is alive, and what weights they hold."""
+
+    rollouts: list[Member]
+    rewards: list[Member]
+    max_gap: float
+    """Largest mean difference of the probe's logprobs that proves a load. [nats]"""
+    timeline: Timeline
+    outcome: Outcome
+    latest: Publication | None = None
+    """What a rollout actor that restarts must load."""
+    came_back: asyncio.Event = field(default_factory=asyncio.Event)
+    watches: set[asyncio.Task[Any]] = field(default_factory=set)
+    """Recoveries of dead actors, and proofs of the loads that follow."""
+
+    async def pick(self, members: list[Member], number: int) -> Member:
+        """Member `number` in turn, or the next one that is alive; a sampler gets the weights it lacks first."""
+        while True:
+            for offset in range(len(members)):
+                member = members[(number + offset) % len(members)]
+                if member.alive:
+                    if member.needs_weights and self.latest:
+                        self._watch(self.proven(member, self.latest, self.load(member)))
+                    return member
+            self.came_back.clear()
+            await self.outcome.or_failure(self.came_back.wait())
+
+    def load(self, member: Member) -> Any:
+        """Submit the latest weights to a rollout actor; whatever is submitted to it later runs after them."""
+        member.needs_weights = False
+        return member.handle.load_weights.remote(self.latest)
+
+    async def proven(self, member: Member, publication: Publication, load: Any) -> Loaded | None:
+        """The answer to a load: it must show what was published, else the run ends. None if the actor died of it."""
+        try:
+            loaded: Loaded = await load
+        except RayActorError as error:
+            self.lost(member, error)
+            return None
+        except RayTaskError as error:
+            version = publication.version
+            self.outcome.fail(f"{member.name} could not load weights version {version}: {sentence_of(error)}")
+        if wrong := objection(publication, loaded, max_gap=self.max_gap):
+            self.outcome.fail(f"{member.name} {wrong}")
+        return loaded
+
+    def lost(self, member: Member, error: RayError) -> int:
+        """1 if the actor is gone (it is then watched until it is back) or has no weights, 0 for an ordinary failure."""
+        if isinstance(error, StaleWeightsError):
+            member.needs_weights = True
+            return 1
+        if not isinstance(error, RayActorError):
+            return 0
+        if member.alive:
+            member.alive = False
+            self.timeline.add("failure", actor=member.name, reason=sentence_of(error))
+            self._watch(self._recover(member))
+        return 1
+
+    def _watch(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(self.outcome.guard(work))
+        self.watches.add(task)
+        task.add_done_callback(self.watches.discard)
+
+    async def _recover(self, member: Member) -> None:
+        """Ask a dead actor until Ray has restarted it."""
+        deadline = time.monotonic() + RECOVERY_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                await member.handle.ping.remote()
+            except RayActorError:
+                await asyncio.sleep(1.0)
+                continue
+            member.alive, member.needs_weights = True, member in self.rollouts
+            self.timeline.add("recovered", actor=member.name)
+            self.came_back.set()
+            return
+        self.outcome.fail(f"{member.name} did not come back within {RECOVERY_SECONDS:.0f} s; see events.jsonl")

@@ -52,7 +52,7 @@ except KeyboardInterrupt:
     pathlib.Path("interrupted").touch()
     sys.exit(0 if pathlib.Path("last-step").exists() else 130)
 """
-"""Like the real one as far as the script goes: Ctrl-C ends it with 130, and what it was started with is written down."""
+"""Like the real one as far as the script goes: Ctrl-C ends it with 130; it writes down what it was started with."""
 FAKE_RAY = """
 from pathlib import Path
 def init(**options): pass

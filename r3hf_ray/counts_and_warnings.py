@@ -118,7 +118,8 @@ def _not_read(config: PPOConfig, heldout: int) -> Iterable[tuple[str, str]]:
     """(given fields, why nothing reads them)."""
     rollout, reward, ppo = config.rollout, config.reward, config.ppo
     on_gpu, method = rollout.gpus_per_actor > 0, f"reward.mode = {reward.mode}"
-    by = reward.segment_by if reward.mode == "segment" else ""
+    spans, facts = "span_ends" in reward.facts.needs, reward.facts
+    by = reward.segment_by if spans else ""
     backend = config.weights.backend
     rules = [
         (not on_gpu, "rollout", ["gpu_memory_utilization"], "rollout.gpus_per_actor = 0: engines run on the CPU"),
@@ -132,10 +133,10 @@ def _not_read(config: PPOConfig, heldout: int) -> Iterable[tuple[str, str]]:
         (config.tracking.wandb == "disabled", "tracking", ["project", "entity"], "tracking.wandb = disabled"),
         (not config.tracking.samples_per_dump, "tracking", ["samples_every"], "tracking.samples_per_dump = 0"),
         ("RAY_ADDRESS" in os.environ, "run", ["cpus"], "RAY_ADDRESS names a cluster, which the run joins"),
-        (reward.mode == "terminal", "reward", ["beta_c"], method),
-        (not reward.facts.reads_prefixes, "reward", ["subtract_prompt_score", "max_alignment_loss"], method),
-        (reward.mode != "abc", "reward", ["abc_beta"], method),
-        (reward.mode != "segment", "reward", ["segment_by", "segment_ngram", "segment_entropy"], method),
+        (facts.mixed_by != "beta_c", "reward", ["beta_c"], method),
+        (not facts.reads_prefixes, "reward", ["subtract_prompt_score", "max_alignment_loss"], method),
+        (facts.mixed_by != "abc_beta", "reward", ["abc_beta"], method),
+        (not spans, "reward", ["segment_by", "segment_ngram", "segment_entropy"], method),
         (by in ("sentence", "entropy"), "reward", ["segment_ngram"], f"reward.segment_by = {by}"),
         (by in ("sentence", "ngram"), "reward", ["segment_entropy"], f"reward.segment_by = {by}"),
         (reward.missing_eos == "keep", "reward", ["missing_eos_penalty"], "reward.missing_eos = keep"),

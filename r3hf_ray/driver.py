@@ -17,10 +17,10 @@ from ray.exceptions import RayError
 from rich.console import Console
 from rich.table import Table
 
-from r3hf_ray.actor_settings import engine_facts, scoring_settings
 from r3hf_ray.actors.coordinator import Coordinator, Snapshot
 from r3hf_ray.actors.fleet import TrainGroup, named_actor, reward_actors, rollout_actors
 from r3hf_ray.actors.learner import LearnerSettings, learner_group
+from r3hf_ray.actors.rollout import EngineFacts
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.counts_and_warnings import arithmetic
 from r3hf_ray.errors import RunFailed, sentence_of
@@ -34,7 +34,9 @@ from r3hf_ray.records.provenance import redacted, versions
 from r3hf_ray.records.run_folder import PPO_MAY_CHANGE, check_run, open_run
 from r3hf_ray.records.samples import read_samples, sample_steps, write_samples
 from r3hf_ray.records.wandb_run import WandbRun
+from r3hf_ray.scoring.scorer import ScoringSettings
 from r3hf_ray.session import ray_session
+from r3hf_ray.weights.media import medium_of
 from r3hf_ray.weights.object_ref import WeightStore
 
 POLL_SECONDS = 0.25
@@ -235,6 +237,24 @@ class _Follower:
     def _warn(self, text: str) -> None:
         self._events.write({"event": "warning", "reason": text})
         self._progress.note(f"warning: {text}")
+
+
+def engine_facts(config: PPOConfig, plan: Plan) -> EngineFacts:
+    """What a rollout actor is started with."""
+    return EngineFacts(
+        model=config.model.policy,
+        max_model_len=plan.max_model_len,
+        eos_ids=plan.eos_ids,
+        unknown_ids=plan.unknown_ids,
+        medium=medium_of(config.weights.backend),
+    )
+
+
+def scoring_settings(config: PPOConfig, plan: Plan) -> ScoringSettings:
+    """What a reward actor is started with; in another directory than this, so the sources are absolute by now."""
+    return ScoringSettings(
+        reward=config.reward, model=config.model, temperature=config.rollout.temperature, reads=plan.reward_models
+    )
 
 
 def with_absolute_models(config: PPOConfig) -> PPOConfig:

@@ -17,7 +17,7 @@ LAYERS = {
     "models": 2, "data": 2, "scoring": 2, "training": 2, "weights": 2,
     "weights/object_ref": 3, "weights/nccl": 3, "weights/engine": 3, "weights/media": 3,
     "scoring/vllm_reader": 3, "actors": 3,
-    "counts_and_warnings": 4, "driver": 4, "session": 4, "prepare": 4, "preflight": 4, "actor_settings": 4,
+    "counts_and_warnings": 4, "driver": 4, "session": 4, "prepare": 4, "preflight": 4,
     "records": 4,
     "instruments": 5,
     "cli": 6, "flags": 6, "help_pages": 6, "__main__": 6,

@@ -13,8 +13,8 @@ from tokenizers.models import Model, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from r3hf_ray.actor_settings import scoring_settings
 from r3hf_ray.config import PPOConfig
+from r3hf_ray.driver import scoring_settings
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.models.chat_format import FORMAT_FILE
 from r3hf_ray.preflight import check, check_resources, probe_sequence

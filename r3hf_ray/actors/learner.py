@@ -27,8 +27,9 @@ from r3hf_ray.actors.shares import RankShare
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import DivergenceError, ModelError, RunFailed, TelescopingError
 from r3hf_ray.models.sharding import make_mesh
+from r3hf_ray.training.experience import RewardScale
 from r3hf_ray.training.guard_rails import warnings_of
-from r3hf_ray.training.ppo import PPOLearner, RewardScale
+from r3hf_ray.training.ppo import PPOLearner
 from r3hf_ray.types import ScoredTrajectory
 from r3hf_ray.weights.contract import LearnerEnd, Probe
 from r3hf_ray.weights.media import make_sender

@@ -1,4 +1,4 @@
-"""The run's prompts as a reward model with another tokenizer or chat template reads them (layer 4)."""
+"""The run's prompts as a reward model with another tokenizer or chat template reads them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -28,7 +28,7 @@ UNREADABLE = "\ufffd"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Translation:
-    """What a `Translator` needs besides the two tokenizers; plain values, made before a run by `data.reward_prompts`.
+    """What a `Translator` needs besides the two tokenizers; plain values, made before a run by `reward_prompts`.
 
     Example: ``Translation(prompts={prompt_key(ids): np.array([1, 9, 4], np.int32)}, policy_before=" ", before="",
     end_ids=(2,), max_tokens=2047)``

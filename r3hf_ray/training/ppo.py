@@ -17,7 +17,7 @@ from r3hf_ray.algorithms.advantages import next_kl_coef
 from r3hf_ray.algorithms.batching import collate
 from r3hf_ray.algorithms.lagrange import next_multiplier
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.errors import DivergenceError, TelescopingError
+from r3hf_ray.errors import DivergenceError
 from r3hf_ray.models import checkpoint
 from r3hf_ray.models.folder import ModelFolder
 from r3hf_ray.models.load import load_policy
@@ -32,7 +32,7 @@ from r3hf_ray.models.sharding import (
     shard,
 )
 from r3hf_ray.models.values import Critic, critic_from_policy, critic_from_reward_model
-from r3hf_ray.training.divergence import Replay, replay_capsule, write_capsule
+from r3hf_ray.training.divergence import write_capsule
 from r3hf_ray.training.experience import (
     Experience,
     RewardScale,
@@ -47,8 +47,6 @@ from r3hf_ray.training.ppo_losses import LossShare, critic_share, policy_divisor
 from r3hf_ray.training.ppo_metrics import experience_metrics, reduce_named, token_rows
 from r3hf_ray.types import COST, MAIN, ScoredTrajectory
 from r3hf_ray.user_functions import user_function
-
-__all__ = ["DivergenceError", "PPOLearner", "Replay", "RewardScale", "TelescopingError", "replay_capsule"]
 
 
 class PPOLearner:

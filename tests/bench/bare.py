@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.results import BareStep, Cost
-from r3hf_ray.actor_settings import engine_facts, scoring_settings
 from r3hf_ray.actors.environment import ACTORS
 from r3hf_ray.actors.rollout import EngineFacts, RolloutActor, engine_environment
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import step_requests
+from r3hf_ray.driver import engine_facts, scoring_settings
 from r3hf_ray.errors import RunFailed
 from r3hf_ray.preflight import check
 from r3hf_ray.scoring.scorer import ScoringSettings
@@ -181,7 +181,8 @@ def _scorer(settings: ScoringSettings) -> Calls:
 
 def _learner(config: PPOConfig) -> Calls:
     from r3hf_ray.instruments.compare.single_process import share_of
-    from r3hf_ray.training.ppo import PPOLearner, RewardScale
+    from r3hf_ray.training.experience import RewardScale
+    from r3hf_ray.training.ppo import PPOLearner
 
     learner = PPOLearner(config, scale=RewardScale(), device="cpu", mesh=None)
 

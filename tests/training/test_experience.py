@@ -14,8 +14,9 @@ from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import DivergenceError, TelescopingError
 from r3hf_ray.models.sharding import make_mesh
 from r3hf_ray.records.metrics import describe
+from r3hf_ray.training.divergence import replay_capsule
 from r3hf_ray.training.experience import RewardScale, Seen, make_experience, require_telescoping
-from r3hf_ray.training.ppo import PPOLearner, replay_capsule
+from r3hf_ray.training.ppo import PPOLearner
 from r3hf_ray.types import MAIN, Finish, ModelScores, ScoredTrajectory, Trajectory
 
 SHAPES = [(2, 4), (2, 6), (2, 3), (3, 5), (3, 1), (3, 7)]

@@ -11,7 +11,9 @@ from r3hf_ray.algorithms.advantages import gae
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import DivergenceError, TelescopingError
 from r3hf_ray.models.sharding import full_parameters, make_mesh
-from r3hf_ray.training.ppo import PPOLearner, RewardScale, replay_capsule
+from r3hf_ray.training.divergence import replay_capsule
+from r3hf_ray.training.experience import RewardScale
+from r3hf_ray.training.ppo import PPOLearner
 from r3hf_ray.types import MAIN, Finish, ModelScores, ScoredTrajectory, Trajectory
 
 SHAPES = [(3, 8), (2, 5), (6, 1), (1, 9), (4, 4), (3, 3), (5, 7), (2, 2)]

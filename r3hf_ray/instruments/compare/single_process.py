@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from r3hf_ray.actor_settings import engine_facts, scoring_settings
 from r3hf_ray.actors.dispatch import ScoredRef
 from r3hf_ray.actors.rollout import EngineFacts, RolloutActor
 from r3hf_ray.actors.shares import FillingBatch, RankShare, calibration_of, evaluation_metrics
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import step_requests, stream_requests
+from r3hf_ray.driver import engine_facts, scoring_settings
 from r3hf_ray.errors import RunFailed
 from r3hf_ray.instruments.compare.schedules import Schedule, at_step, check_schedules, remixed
 from r3hf_ray.preflight import Plan, check
@@ -28,7 +28,8 @@ from r3hf_ray.records.metrics import STEP
 from r3hf_ray.records.run_folder import open_run
 from r3hf_ray.scoring.scorer import Scorer
 from r3hf_ray.sections.actors import RolloutSection
-from r3hf_ray.training.ppo import PPOLearner, RewardScale
+from r3hf_ray.training.experience import RewardScale
+from r3hf_ray.training.ppo import PPOLearner
 from r3hf_ray.types import Failure, Request, ScoredTrajectory, TrajectoryInfo
 from r3hf_ray.weights.contract import objection
 from r3hf_ray.weights.in_process import publication

@@ -74,9 +74,10 @@ def _command(words: list[str], console: Console) -> int:
 
 def _supervised(config: SFTConfig | RewardConfig, options: JobFlags, console: Console) -> int:
     from r3hf_ray.prepare import train_reward, train_sft
+    from r3hf_ray.records.progress import row_printer
     from r3hf_ray.session import ray_session
 
-    shown: dict[str, Any] = {"resume": options.resume, "on_row": _row_printer(console), "note": console.print}
+    shown: dict[str, Any] = {"resume": options.resume, "on_row": row_printer(console), "note": console.print}
     with ray_session(config.run.cpus):
         result = train_sft(config, **shown) if isinstance(config, SFTConfig) else train_reward(config, **shown)
     console.print(f"{config.command} model: {result.model}  ({result.seconds:.0f} s)")
@@ -207,17 +208,6 @@ COMMANDS: dict[str, Entry] = {
     "fetch-smollm2": Entry("tools", FetchSmolLM2Flags, None, "r3hf fetch-smollm2 models/smollm2", _fetch_smollm2),
     "replay": Entry("tools", ReplayFlags, None, "r3hf replay runs/hh_rlhf/divergence/step_000012", _replay),
 }
-
-
-def _row_printer(console: Console) -> Callable[[object], None]:
-    def show(row: object) -> None:
-        if isinstance(row, dict):
-            values = [
-                f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float) and name != "time"
-            ]
-            console.print(f"step {row.get('train/global_step')}  {'  '.join(values)}")
-
-    return show
 
 
 def _plain(error: Exception) -> str:

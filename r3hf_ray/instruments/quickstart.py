@@ -5,9 +5,8 @@ model's token rewards point at the tokens that earned it.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -18,6 +17,7 @@ from r3hf_ray.instruments.credit.toy_credit import ToyMeasures, reward_model_agr
 from r3hf_ray.instruments.report.report import write_report
 from r3hf_ray.instruments.toy.settings import ToySection
 from r3hf_ray.instruments.toy.trained_models import ToyModels
+from r3hf_ray.records.progress import row_printer
 from r3hf_ray.session import ray_session
 from r3hf_ray.settings import load
 
@@ -45,7 +45,7 @@ def quickstart(folder: Path, *, seed: int, short: bool, console: Console) -> int
     run = ["--run.folder", str(root), "--run.name", "ppo", "--run.seed", str(seed)]
     job = load(PPOConfig, _job("toy_ppo"), [*run, *models.overrides(), *(SHORT_PPO if short else ())])
     with ray_session(job.run.cpus):
-        policy, (judge,) = models.prepare(console, on_row=_lines(console))
+        policy, (judge,) = models.prepare(console, on_row=row_printer(console, seconds=LINE_SECONDS))
         credit = reward_model_agreement(
             str(models.reward_model), str(models.policy), count=100 if short else 400, seed=seed
         )
@@ -71,20 +71,6 @@ def _job(name: str) -> Path:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; the quickstart runs from a checkout of the repository")
     return path
-
-
-def _lines(console: Console) -> Callable[[Mapping[str, Any]], None]:
-    """Print a stage's metrics now and then."""
-    last = [0.0]
-
-    def show(row: Mapping[str, Any]) -> None:
-        if time.monotonic() - last[0] >= LINE_SECONDS:
-            last[0] = time.monotonic()
-            facts = {name: value for name, value in row.items() if isinstance(value, float) and "/" in name}
-            values = "  ".join(f"{name} {value:.3g}" for name, value in facts.items())
-            console.print(f"step {row['train/global_step']}  {values}")
-
-    return show
 
 
 def _print_end(

@@ -1,5 +1,6 @@
 """What the terminal shows while a run goes on: a live display, or plain lines where there is no terminal."""
 
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -120,6 +121,20 @@ class Progress:
         for name, doing, seconds in self._doing():
             table.add_row(name, Text(doing, style="dim" if _WAITING.match(doing) else ""), f"{seconds:.0f} s")
         return Panel(Group(bar, numbers, Text(), table), title="r3hf_ray", title_align="left", border_style="dim")
+
+
+def row_printer(console: Console, *, seconds: float = 0.0) -> Callable[[Mapping[str, Any]], None]:
+    """Prints rows of metrics of `r3hf sft` and `r3hf reward` as lines, at most one in so many seconds."""
+    last = -math.inf
+
+    def show(row: Mapping[str, Any]) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            known = [f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float) and "/" in name]
+            console.print(f"step {row['train/global_step']}  {'  '.join(known)}", markup=False)
+
+    return show
 
 
 def _headlines(metrics: Mapping[str, float]) -> list[tuple[str, str]]:

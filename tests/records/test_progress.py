@@ -3,6 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
+from r3hf_ray.records import progress
 from r3hf_ray.records.progress import Progress
 
 
@@ -78,3 +79,14 @@ def test_on_a_terminal_the_display_names_step_metrics_and_stages(clock):
     shown = out.getvalue()
     for text in ("3/60", "reward 1.50", "version 3 loaded by 1/1", "[red]not markup", "restart [1]"):
         assert text in shown
+
+
+def test_rows_of_a_stage_are_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    console = Console(record=True, width=200)
+    show = progress.row_printer(console, seconds=5.0)
+    for number, moment in enumerate((100.0, 104.0, 105.0)):
+        now[0] = moment
+        show({"train/global_step": number, "train/loss": 0.25 + number, "time": 1e9})
+    assert console.export_text().splitlines() == ["step 0  train/loss 0.25", "step 2  train/loss 2.25"]

@@ -76,8 +76,8 @@ class OptimizerSection(Section):
     """Adam's betas."""
     eps: PositiveFloat = 1e-5
     """Adam's epsilon. It damps parameters whose gradients are not far above it, and after clipping the RMS gradient is
-    at most max_grad_norm over the root of the number of parameters: 3e-3 in the toy, where 1e-5 shortens the first
-    steps of rarely used embeddings only, but 1e-5 in a model of 8 billion, half of whose step it would take: 1e-8
+    at most max_grad_norm over the root of the number of parameters: 3e-3 in the toy, where 1e-5 takes 3% of the
+    policy's steps and up to 23% of the critic's, but 1e-5 in a model of 8 billion, where it would take half: use 1e-8
     there. `policy/eps_share` says what it takes."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""

@@ -145,7 +145,8 @@ def share_of(
 ) -> RankShare:
     """The batch of step ``step`` as a single learner rank gets it; its refs are the trajectories themselves."""
     batch = FillingBatch(expected=len(scored), samples=list(map(ScoredRef, infos, scored)))
-    return batch.share(config, step, rank=0)
+    alone = config.model_copy(update={"learner": config.learner.model_copy(update={"ranks": 1})})
+    return batch.share(alone, step, rank=0)
 
 
 def _clear(folder: Path) -> None:

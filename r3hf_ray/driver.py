@@ -20,12 +20,10 @@ from rich.table import Table
 from r3hf_ray.actors.coordinator import Coordinator, Snapshot
 from r3hf_ray.actors.fleet import TrainGroup, named_actor, reward_actors, rollout_actors
 from r3hf_ray.actors.learner import LearnerSettings, learner_group
-from r3hf_ray.actors.rollout import EngineFacts
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.counts_and_warnings import arithmetic
 from r3hf_ray.errors import RunFailed, sentence_of
 from r3hf_ray.models.finished import require_finished
-from r3hf_ray.models.folder import absolute
 from r3hf_ray.preflight import Plan, check, check_resources
 from r3hf_ray.records.jsonl import JsonlLog
 from r3hf_ray.records.metrics import STEP, read_metrics
@@ -34,9 +32,7 @@ from r3hf_ray.records.provenance import redacted, versions
 from r3hf_ray.records.run_folder import PPO_MAY_CHANGE, check_run, open_run
 from r3hf_ray.records.samples import read_samples, sample_steps, write_samples
 from r3hf_ray.records.wandb_run import WandbRun
-from r3hf_ray.scoring.scorer import ScoringSettings
 from r3hf_ray.session import ray_session
-from r3hf_ray.weights.media import medium_of
 from r3hf_ray.weights.object_ref import WeightStore
 
 POLL_SECONDS = 0.25
@@ -63,7 +59,7 @@ def run_ppo(config: PPOConfig, *, resume: bool, console: Console) -> RunResult:
     """
     start = time.monotonic()
     plan = check(config)
-    config = with_absolute_models(plan.config)
+    config = plan.config
     if config.run.cpus is not None and "RAY_ADDRESS" not in os.environ and not ray.is_initialized():
         check_resources(config, {"CPU": config.run.cpus, "GPU": torch.cuda.device_count()})
     check_run(config, config.run, resume=resume, may_change=PPO_MAY_CHANGE)
@@ -139,9 +135,8 @@ class _Follower:
 
     def _start(self) -> _Actors:
         config, plan, space = self._config, self._plan, self._namespace
-        rollouts = rollout_actors(config.rollout, engine_facts(config, plan), namespace=space)
-        scoring = scoring_settings(config, plan)
-        rewards = reward_actors(scoring, namespace=space, overlap=config.rollout.max_lag > 0)
+        rollouts = rollout_actors(config.rollout, plan.engine, namespace=space)
+        rewards = reward_actors(plan.scoring, namespace=space, overlap=config.rollout.max_lag > 0)
         store = named_actor(WeightStore, "weight_store", namespace=space)
         data = {"prompts": plan.prompts, "heldout": plan.heldout, "attempt": self._attempt}
         coordinator = named_actor(Coordinator, "coordinator", config, rollouts, rewards, namespace=space, **data)
@@ -237,30 +232,6 @@ class _Follower:
     def _warn(self, text: str) -> None:
         self._events.write({"event": "warning", "reason": text})
         self._progress.note(f"warning: {text}")
-
-
-def engine_facts(config: PPOConfig, plan: Plan) -> EngineFacts:
-    """What a rollout actor is started with."""
-    return EngineFacts(
-        model=config.model.policy,
-        max_model_len=plan.max_model_len,
-        eos_ids=plan.eos_ids,
-        unknown_ids=plan.unknown_ids,
-        medium=medium_of(config.weights.backend),
-    )
-
-
-def scoring_settings(config: PPOConfig, plan: Plan) -> ScoringSettings:
-    """What a reward actor is started with; in another directory than this, so the sources are absolute by now."""
-    return ScoringSettings(
-        reward=config.reward, model=config.model, temperature=config.rollout.temperature, reads=plan.reward_models
-    )
-
-
-def with_absolute_models(config: PPOConfig) -> PPOConfig:
-    """Local folders of models as absolute paths, since Ray's workers run in another directory."""
-    critic = config.critic.model_copy(update={"source": config.critic.source and absolute(config.critic.source)})
-    return config.model_copy(update={"model": config.model.placed(absolute), "critic": critic})
 
 
 def _print_plan(console: Console, config: PPOConfig, plan: Plan) -> None:

@@ -12,17 +12,18 @@ from r3hf_ray.data.loading import PromptRow, Report, load_prompts
 from r3hf_ray.errors import ConfigError, ModelError
 from r3hf_ray.methods import METHODS
 from r3hf_ray.models.chat import pooling_suffix
-from r3hf_ray.models.folder import ModelFolder, check_same_vocabulary, knows_ids, load_tokenizer, read_config
+from r3hf_ray.models.folder import ModelFolder, absolute, check_same_vocabulary, knows_ids, load_tokenizer, read_config
 from r3hf_ray.models.load import require_score_head
 from r3hf_ray.scoring.method_inputs import sentence_end_ids
 from r3hf_ray.scoring.reward_prompts import measure_fit, translation_of
-from r3hf_ray.scoring.scorer import RewardModel, load_gold
+from r3hf_ray.scoring.scorer import RewardModel, ScoringSettings, load_gold
 from r3hf_ray.scoring.vllm_reader import require_readable
+from r3hf_ray.sections.actors import EngineFacts
 from r3hf_ray.sections.models import field_of
 from r3hf_ray.sections.ppo import CriticSection
 from r3hf_ray.types import MAIN
 from r3hf_ray.user_functions import user_function
-from r3hf_ray.weights.media import check_medium
+from r3hf_ray.weights.media import check_medium, medium_of
 
 MARGIN = 1e-6
 """Slack for sums of fractional CPUs."""
@@ -33,19 +34,15 @@ class Plan:
     """What the checks found out, and the actors need."""
 
     config: PPOConfig
-    """With what the checks have settled: `critic.init = auto` where the reward model has another tokenizer."""
+    """With what the checks have settled: `critic.init = auto` where the reward model has another tokenizer, and local
+    model folders as absolute paths."""
     prompts: list[np.ndarray]
     """Token ids of the prompts to train on."""
     heldout: list[np.ndarray]
     """Token ids of the held-out prompts."""
     report: Report
-    eos_ids: tuple[int, ...]
-    """Every id that ends an answer (`ModelFolder.end_ids`)."""
-    unknown_ids: tuple[int, ...] = ()
-    """Ids of the policy's that are no token, and must not be sampled."""
-    reward_models: dict[str, RewardModel]
-    """What each reads, by name, the main one first."""
-    max_model_len: int
+    engine: EngineFacts
+    scoring: ScoringSettings
     probe_ids: list[int]
     warnings: list[str]
 
@@ -92,15 +89,25 @@ def check(config: PPOConfig) -> Plan:
         for name, source in config.model.reward_sources.items()
     }
     config, settled = _settled(config, tokenizer)
+    config = with_absolute_models(config)
     return Plan(
         config=config,
         prompts=prompts,
         heldout=heldout,
         report=loaded.report,
-        eos_ids=tuple(ends),
-        unknown_ids=tuple(policy.unknown_ids),
-        reward_models={name: model for name, (model, _) in models.items()},
-        max_model_len=min(max(needed, config.weights.probe_tokens + 1), window),
+        engine=EngineFacts(
+            model=config.model.policy,
+            max_model_len=min(max(needed, config.weights.probe_tokens + 1), window),
+            eos_ids=tuple(ends),
+            unknown_ids=tuple(policy.unknown_ids),
+            medium=medium_of(config.weights.backend),
+        ),
+        scoring=ScoringSettings(
+            reward=config.reward,
+            model=config.model,
+            temperature=config.rollout.temperature,
+            reads={name: model for name, (model, _) in models.items()},
+        ),
         probe_ids=probe_sequence(prompts, min(config.weights.probe_tokens, window - 1)),
         warnings=[
             *risks(config),
@@ -109,6 +116,12 @@ def check(config: PPOConfig) -> Plan:
             *(note for _, note in models.values() if note),
         ],
     )
+
+
+def with_absolute_models(config: PPOConfig) -> PPOConfig:
+    """Local folders of models as absolute paths, since Ray's workers run in another directory."""
+    critic = config.critic.model_copy(update={"source": config.critic.source and absolute(config.critic.source)})
+    return config.model_copy(update={"model": config.model.placed(absolute), "critic": critic})
 
 
 def probe_sequence(prompts: list[np.ndarray], length: int) -> list[int]:

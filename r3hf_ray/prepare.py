@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r3hf_ray.actors.supervised import fit_policy, fit_reward_model
+from r3hf_ray.actors.supervised import fit_stage
 from r3hf_ray.config import RewardConfig, SFTConfig
 from r3hf_ray.data.loading import Loaded, Report, is_ranked, load_examples, load_groups, load_pairs
 from r3hf_ray.models.chat_format import save_format
@@ -67,7 +67,7 @@ def train_sft(
     """
     base = ModelFolder(config.model.base, "base model")
     base.require_language_model()
-    return _train(config, base, load_examples, fit_policy, resume=resume, on_row=on_row, note=note)
+    return _train(config, base, load_examples, resume=resume, on_row=on_row, note=note)
 
 
 def train_reward(
@@ -80,7 +80,7 @@ def train_reward(
     """Train a reward model on preferences; as `train_sft`, with `model/r3hf_format.json` beside the weights."""
     base = ModelFolder(config.model.base, "base model")
     load = load_groups if is_ranked(config.data) else load_pairs
-    result = _train(config, base, load, fit_reward_model, resume=resume, on_row=on_row, note=note)
+    result = _train(config, base, load, resume=resume, on_row=on_row, note=note)
     save_format(base.chat.form, result.model)
     return result
 
@@ -89,7 +89,6 @@ def _train(
     config: StageConfig,
     base: ModelFolder,
     load: Callable[..., Loaded[Any]],
-    fit: Callable[..., None],
     *,
     resume: bool,
     on_row: Callable[[LoggedRow], None],
@@ -102,8 +101,9 @@ def _train(
         return finished
     data = load(config.data, base.tokenizer, max_tokens=section.max_tokens)
     with _Records(config, data, resume=resume, on_row=on_row, note=note) as records:
-        place = {"folder": records.folder, "attempt": records.attempt}
-        fit(config, data.train, data.heldout, **place, on_row=records.on_row)
+        fit_stage(
+            config, data.train, data.heldout, folder=records.folder, attempt=records.attempt, on_row=records.on_row
+        )
         require_finished(records.folder / "model")
     return _result(records.folder, data.report, started)
 

@@ -19,6 +19,8 @@ from r3hf_ray.driver import _Actors, _Follower
 from r3hf_ray.errors import ConfigError, RunFailed
 from r3hf_ray.preflight import Plan
 from r3hf_ray.records.jsonl import read_jsonl
+from r3hf_ray.scoring.scorer import ScoringSettings
+from r3hf_ray.sections.actors import EngineFacts
 from r3hf_ray.session import ray_session, require_answer
 
 
@@ -69,9 +71,8 @@ def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
         prompts=[],
         heldout=[],
         report=Report(source="d", unit="line"),
-        eos_ids=(2,),
-        reward_models={},
-        max_model_len=8,
+        engine=EngineFacts(model="p", max_model_len=8, eos_ids=(2,), medium="object_ref"),
+        scoring=ScoringSettings(reward=config.reward, model=config.model, temperature=1.0),
         probe_ids=[],
         warnings=[],
     )

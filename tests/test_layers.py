@@ -24,7 +24,7 @@ LAYERS = {
 }  # fmt: skip
 """Floor of each room, and of a file that stands on another floor than its room."""
 ORDER = [
-    "session", "records", "counts_and_warnings", "preflight", "actor_settings", "prepare", "driver",
+    "session", "records", "counts_and_warnings", "preflight", "prepare", "driver",
     "instruments/pages", "instruments/report", "instruments/toy", "instruments/audit", "instruments/credit",
     "instruments/compare", "instruments/quickstart",
     "flags", "help_pages", "cli", "__main__",

@@ -14,7 +14,6 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.driver import scoring_settings
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.models.chat_format import FORMAT_FILE
 from r3hf_ray.preflight import check, check_resources, probe_sequence
@@ -46,16 +45,16 @@ def test_the_plan_of_a_run(configure: Callable[..., PPOConfig]) -> None:
     plan = check(configure(weights={"probe_tokens": 160}))
     assert (len(plan.prompts), len(plan.heldout)) == (16, 4)
     assert plan.report.used == 20
-    assert (plan.eos_ids, plan.reward_models[MAIN].suffix_ids) == ((EOS,), ())
+    assert (plan.engine.eos_ids, plan.scoring.reads[MAIN].suffix_ids) == ((EOS,), ())
     assert plan.warnings == []
-    assert plan.max_model_len == 64, "the window bounds the probe"
+    assert plan.engine.max_model_len == 64, "the window bounds the probe"
     assert len(plan.probe_ids) == 63
     longest = max(len(prompt) for prompt in [*plan.prompts, *plan.heldout])
-    assert check(configure(weights={"probe_tokens": 0})).max_model_len == longest + 12
+    assert check(configure(weights={"probe_tokens": 0})).engine.max_model_len == longest + 12
 
 
 def test_a_reward_models_own_suffix_is_read(configure: Callable[..., PPOConfig]) -> None:
-    assert check(configure(reward={"pooling_suffix": "w5"})).reward_models[MAIN].suffix_ids == (9,)
+    assert check(configure(reward={"pooling_suffix": "w5"})).scoring.reads[MAIN].suffix_ids == (9,)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +125,7 @@ def test_a_reward_model_of_another_prompt_format_reads_its_own(
     form = {"version": 1, "chat_template": "w7 {{ messages[0]['content'] }}", "before": " ", "end": "w8", "suffix": ""}
     (tmp_path / "reward" / FORMAT_FILE).write_text(json.dumps(form))
     plan = check(configure(model=models(tiny_models, str(tmp_path / "reward"))))
-    translation = plan.reward_models[MAIN].translation
+    translation = plan.scoring.reads[MAIN].translation
     assert translation is not None and translation.end_ids == (12,)
     prompt = translation.prompts[prompt_key(plan.prompts[0])]
     assert prompt.tolist() == [11, *plan.prompts[0][-4:-1]]
@@ -140,7 +139,7 @@ def test_a_reward_model_of_another_tokenizer(
     """Every prompt has a translation, the held-out ones too, and the critic starts from the policy."""
     config = configure(model=models(tiny_models, save_reward(OTHER_ORDER)))
     plan = check(config)
-    translation = plan.reward_models[MAIN].translation
+    translation = plan.scoring.reads[MAIN].translation
     assert translation is not None
     assert translation.prompts.keys() == {prompt_key(ids) for ids in [*plan.prompts, *plan.heldout]}
     assert next(iter(translation.prompts.values())).tolist() == [4, 6, 7, 8, 5]
@@ -148,8 +147,8 @@ def test_a_reward_model_of_another_tokenizer(
     critic, warning = plan.warnings
     assert "starts from the policy" in critic and "ppo.gae_lambda = 1" in critic
     assert warning.startswith("model.reward_model: ") and "0.0% of the policy's tokens" in warning
-    settings = scoring_settings(plan.config, plan)
-    assert settings.reads == {MAIN: plan.reward_models[MAIN]} and settings.reads[MAIN].translation == translation
+    settings = plan.scoring
+    assert settings.reads == {MAIN: plan.scoring.reads[MAIN]} and settings.reads[MAIN].translation == translation
 
 
 def test_every_model_has_its_own_tokens_and_suffix(
@@ -158,13 +157,13 @@ def test_every_model_has_its_own_tokens_and_suffix(
     foreign = {"name": "helpful", "source": save_reward(OTHER_ORDER)}
     given = models(tiny_models, str(tiny_models.reward), rewards=[foreign], cost=str(tiny_models.reward))
     plan = check(config := configure(model=given, reward={"pooling_suffix": "w5"}, cost={"limit": 0.0}))
-    assert list(plan.reward_models) == [MAIN, "helpful", COST]
-    assert [model.suffix_ids for model in plan.reward_models.values()] == [(9,), (), ()]
-    assert [model.translation is None for model in plan.reward_models.values()] == [True, False, True]
+    assert list(plan.scoring.reads) == [MAIN, "helpful", COST]
+    assert [model.suffix_ids for model in plan.scoring.reads.values()] == [(9,), (), ()]
+    assert [model.translation is None for model in plan.scoring.reads.values()] == [True, False, True]
     assert plan.warnings[-1].startswith("model.rewards helpful: ")
-    assert plan.config is config, "the critic's start is another model"
-    settings = scoring_settings(config, plan)
-    assert (settings.reads, settings.model) == (plan.reward_models, config.model)
+    assert plan.config == config, "the critic's start is another model"
+    settings = plan.scoring
+    assert (settings.reads, settings.model) == (plan.scoring.reads, config.model)
 
 
 @pytest.mark.parametrize(("setting", "read"), [("auto", (7,)), ("none", ()), ("w5", (7,))])
@@ -178,7 +177,7 @@ def test_further_models_read_their_own_suffix_or_none(
     further = {"name": "helpful", "source": str(tmp_path / "further")}
     given = models(tiny_models, str(tiny_models.reward), rewards=[further])
     plan = check(configure(model=given, reward={"pooling_suffix": setting}))
-    assert plan.reward_models["helpful"].suffix_ids == read
+    assert plan.scoring.reads["helpful"].suffix_ids == read
 
 
 def reference(tiny_models: Any, folder: Path, **config: Any) -> Path:
@@ -193,8 +192,8 @@ def test_the_reference_reads_the_sampled_ids(
 ) -> None:
     models = {"policy": str(tiny_models.policy), "reward_model": str(tiny_models.reward)}
     same, short = reference(tiny_models, tmp_path / "same"), tmp_path / "short"
-    plan = check(config := configure(model=models | {"reference": str(same)}))
-    settings = scoring_settings(config, plan)
+    plan = check(configure(model=models | {"reference": str(same)}))
+    settings = plan.scoring
     assert (settings.model.reference, settings.model.policy) == (str(same), str(tiny_models.policy))
     reference(tiny_models, short, max_position_embeddings=16)
     with pytest.raises(ConfigError, match=r"model\.reference: .*short can read 16 tokens, .* has 17"):
@@ -231,7 +230,7 @@ def test_a_critic_of_its_own_folder_must_read_the_policys_tokens(
 ) -> None:
     foreign = save_reward(OTHER_ORDER)
     config = configure(model=models(tiny_models, foreign), critic={"source": str(tiny_models.reward)})
-    assert check(config).config is config
+    assert check(config).config == config
     with pytest.raises(ConfigError, match=r"critic\.init = reward_trunk: .* use critic\.init = sft without critic"):
         check(configure(critic={"source": foreign}))
 
@@ -241,7 +240,7 @@ def test_a_critic_that_is_not_loaded_may_be_named(
 ) -> None:
     sections = {"ppo": {"advantage": "r3hf_baseline"}, "critic": {"init": "reward_trunk"}}
     config = configure(model=models(tiny_models, save_reward(OTHER_ORDER)), **sections)
-    assert check(config).config is config
+    assert check(config).config == config
 
 
 def test_text_that_does_not_meet_is_refused_where_prefixes_are_read(

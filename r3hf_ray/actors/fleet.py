@@ -21,9 +21,9 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig,
 from r3hf_ray.actors.environment import ACTORS, of_threads
 from r3hf_ray.actors.outcome import Outcome, Timeline
 from r3hf_ray.actors.reward import RewardActor
-from r3hf_ray.actors.rollout import EngineFacts, RolloutActor, StaleWeightsError, engine_environment
+from r3hf_ray.actors.rollout import RolloutActor, StaleWeightsError, engine_environment
 from r3hf_ray.errors import sentence_of
-from r3hf_ray.sections.actors import LearnerSection, RolloutSection, TrainerSection
+from r3hf_ray.sections.actors import EngineFacts, LearnerSection, RolloutSection, TrainerSection
 from r3hf_ray.sections.rewards import RewardSection
 from r3hf_ray.weights.contract import Loaded, Publication, objection
 

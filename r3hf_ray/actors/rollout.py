@@ -6,37 +6,18 @@ submitted before a `generate` is finished before it, and every trajectory has on
 
 import os
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from r3hf_ray.actors.environment import VLLM, VLLM_ON_CPU
-from r3hf_ray.sections.actors import RolloutSection
+from r3hf_ray.sections.actors import EngineFacts, RolloutSection
 from r3hf_ray.types import ChunkReport, Failure, Finish, Request, Trajectory
 from r3hf_ray.weights.contract import Loaded, Probe, Publication, TransferStep
 
 
 class StaleWeightsError(RuntimeError):
     """The engine was asked to sample before it had loaded a published version."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineFacts:
-    """What an engine must know besides `[rollout]`.
-
-    Example: ``EngineFacts(model="runs/toy_sft/model", max_model_len=96, eos_ids=(2,), medium="object_ref")``
-    """
-
-    model: str
-    """Local folder or hub name of the policy."""
-    max_model_len: int
-    """Prompt + response. [tokens]"""
-    eos_ids: tuple[int, ...]
-    medium: str
-    """How weights come: a name of `weights.media.MEDIA`."""
-    unknown_ids: tuple[int, ...] = ()
-    """Ids that are no token, and so must not be sampled."""
 
 
 class RolloutActor:

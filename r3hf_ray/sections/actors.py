@@ -1,5 +1,6 @@
 """Ray's processes: samplers, learner ranks, ranks of a preparatory stage, and the way of weights between them."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field
@@ -53,6 +54,24 @@ class RolloutSection(Section):
             return self.chunks_per_step
         wished = min(max(2, self.actors), self.prompts_per_step)
         return next(n for n in range(wished, self.prompts_per_step + 1) if self.prompts_per_step % n == 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """What an engine must know besides `[rollout]`.
+
+    Example: ``EngineFacts(model="runs/toy_sft/model", max_model_len=96, eos_ids=(2,), medium="object_ref")``
+    """
+
+    model: str
+    """Local folder or hub name of the policy."""
+    max_model_len: int
+    """Prompt + response. [tokens]"""
+    eos_ids: tuple[int, ...]
+    medium: str
+    """How weights come: a name of `weights.media.MEDIA`."""
+    unknown_ids: tuple[int, ...] = ()
+    """Ids that are no token, and so must not be sampled."""
 
 
 class LearnerSection(Section):

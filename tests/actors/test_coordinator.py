@@ -492,7 +492,7 @@ def test_an_actor_that_never_comes_back_ends_the_run(actors: Actors, monkeypatch
     monkeypatch.setattr(fleet, "RECOVERY_SECONDS", 0.5)
     actors.behave(die={"rollout 9 generate": [1]})
     mortal = ray.remote(FakeRollout).options(num_cpus=0, max_task_retries=0).remote(actors.folder, "rollout 9")
-    sentence, snapshot = failing_run(Actors(actors.folder, [mortal], actors.rewards), configuration())
+    sentence, snapshot = failing_run(Actors(actors.folder, {"rollout 0": mortal}, actors.rewards), configuration())
     assert sentence == "rollout 0 did not come back within 0 s; see events.jsonl"
     assert [event["actor"] for event in events(snapshot, "failure")] == ["rollout 0"]
 

@@ -15,11 +15,11 @@ import torch
 from ray import cloudpickle
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from r3hf_ray.actors.rollout import EngineFacts, RolloutActor, StaleWeightsError, engine_environment
+from r3hf_ray.actors.rollout import RolloutActor, StaleWeightsError, engine_environment
 from r3hf_ray.draws import seed_of
 from r3hf_ray.models.logprobs import token_logprobs
 from r3hf_ray.models.sharding import full_parameters
-from r3hf_ray.sections.actors import RolloutSection
+from r3hf_ray.sections.actors import EngineFacts, RolloutSection
 from r3hf_ray.types import ChunkReport, Finish, Request, Trajectory
 from r3hf_ray.weights.contract import Loaded, Probe, Publication
 from r3hf_ray.weights.object_ref import WeightStore, publish

@@ -27,14 +27,13 @@ from typing import Any
 
 from bench.results import BareStep, Cost
 from r3hf_ray.actors.environment import ACTORS
-from r3hf_ray.actors.rollout import EngineFacts, RolloutActor, engine_environment
+from r3hf_ray.actors.rollout import RolloutActor, engine_environment
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import step_requests
-from r3hf_ray.driver import engine_facts, scoring_settings
 from r3hf_ray.errors import RunFailed
 from r3hf_ray.preflight import check
 from r3hf_ray.scoring.scorer import ScoringSettings
-from r3hf_ray.sections.actors import RolloutSection
+from r3hf_ray.sections.actors import EngineFacts, RolloutSection
 from r3hf_ray.types import Request, ScoredTrajectory, Trajectory
 from r3hf_ray.weights.contract import objection
 
@@ -60,10 +59,10 @@ class BareLoops:
         self._config = config = plan.config
         self._prompts, self._step = plan.prompts, count()
         section = config.rollout.model_copy(update={"threads": cores})
-        engine = (section, replace(engine_facts(config, plan), medium="in_process"))
+        engine = (section, replace(plan.engine, medium="in_process"))
         os.environ |= ACTORS | {"OMP_NUM_THREADS": str(cores)}  # read when a child starts and first imports torch
         self._sampler = _Process(_sampler, engine, log=logs / "sampler.txt")
-        self._scorer = _Process(_scorer, scoring_settings(config, plan), log=logs / "scorer.txt")
+        self._scorer = _Process(_scorer, plan.scoring, log=logs / "scorer.txt")
         self._learner = _Process(_learner, config, log=logs / "learner.txt")
         self._processes = (self._sampler, self._scorer, self._learner)
 

@@ -42,7 +42,7 @@ def test_tiny_inputs_pass_the_checks_of_a_run(tmp_path: Path) -> None:
     plan = check(config(TINY, LAG_0, tmp_path))
     assert {len(prompt) for prompt in plan.prompts} == {PROMPT_TOKENS}
     assert len(plan.prompts) >= TINY.responses
-    assert plan.reward_models[MAIN].suffix_ids == ()
+    assert plan.scoring.reads[MAIN].suffix_ids == ()
     assert not plan.warnings
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     assert 0.85e6 < policy.num_parameters() < 0.95e6

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.driver import run_ppo, with_absolute_models
+from r3hf_ray.driver import run_ppo
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.instruments.compare.arm_runs import MeasuredRun, PlannedRun, is_finished, outcome_of, read_run
 from r3hf_ray.instruments.compare.baselines import lacking
@@ -23,6 +23,7 @@ from r3hf_ray.instruments.compare.screening import check_in_process, screened
 from r3hf_ray.instruments.compare.settings import CompareConfig
 from r3hf_ray.instruments.report.report import write_report
 from r3hf_ray.instruments.toy.trained_models import ToyModels
+from r3hf_ray.preflight import with_absolute_models
 from r3hf_ray.records.jsonl import JsonlLog, read_jsonl
 from r3hf_ray.records.run_folder import PPO_MAY_CHANGE, check_run
 from r3hf_ray.session import ray_session

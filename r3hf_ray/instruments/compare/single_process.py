@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 
 from r3hf_ray.actors.dispatch import ScoredRef
-from r3hf_ray.actors.rollout import EngineFacts, RolloutActor
+from r3hf_ray.actors.rollout import RolloutActor
 from r3hf_ray.actors.shares import FillingBatch, RankShare, calibration_of, evaluation_metrics
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import step_requests, stream_requests
-from r3hf_ray.driver import engine_facts, scoring_settings
 from r3hf_ray.errors import RunFailed
 from r3hf_ray.instruments.compare.schedules import Schedule, at_step, check_schedules, remixed
 from r3hf_ray.preflight import Plan, check
@@ -27,7 +26,7 @@ from r3hf_ray.records.jsonl import JsonlLog, read_jsonl
 from r3hf_ray.records.metrics import STEP
 from r3hf_ray.records.run_folder import open_run
 from r3hf_ray.scoring.scorer import Scorer
-from r3hf_ray.sections.actors import RolloutSection
+from r3hf_ray.sections.actors import EngineFacts, RolloutSection
 from r3hf_ray.training.experience import RewardScale
 from r3hf_ray.training.ppo import PPOLearner
 from r3hf_ray.types import Failure, Request, ScoredTrajectory, TrajectoryInfo
@@ -66,7 +65,7 @@ class Workbench:
         return folder
 
     def _engine_for(self, config: PPOConfig, plan: Plan) -> RolloutActor:
-        settings = (config.rollout, replace(engine_facts(config, plan), medium="in_process"))
+        settings = (config.rollout, replace(plan.engine, medium="in_process"))
         if self._engine is None or self._engine[0] != settings:
             self._engine = (settings, RolloutActor(*settings))
             logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns at every load of weights, of nothing
@@ -78,7 +77,7 @@ class _Run:
         self, config: PPOConfig, schedules: tuple[Schedule, ...], plan: Plan, engine: RolloutActor, folder: Path
     ) -> None:
         self._config, self._schedules, self._plan, self._engine = config, schedules, plan, engine
-        self._scorer = Scorer(scoring_settings(config, plan))
+        self._scorer = Scorer(plan.scoring)
         self._learner = PPOLearner(config, scale=RewardScale(), device="cpu", mesh=None, capsules=folder / "divergence")
 
     def rows(self) -> list[dict[str, float]]:

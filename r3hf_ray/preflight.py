@@ -53,14 +53,7 @@ def check(config: PPOConfig) -> Plan:
     Raises:
         ConfigError: one sentence naming the field or line, and what to do.
     """
-    check_medium(
-        config.weights.backend,
-        learner_gpus=config.learner.gpus_per_rank,
-        sampler_gpus=config.rollout.gpus_per_actor,
-        probe_tokens=config.weights.probe_tokens,
-    )
-    if config.reward.calibration_samples == 1:
-        raise ConfigError("reward.calibration_samples = 1: one response has no spread; use 2 or more, or 0 for none")
+    _check_settings(config)
     policy = ModelFolder(config.model.policy, "policy")
     policy.require_language_model()
     ends, tokenizer, window = policy.end_ids, policy.tokenizer, policy.window
@@ -70,10 +63,6 @@ def check(config: PPOConfig) -> Plan:
             require_readable(source, attention="attention" in config.reward.facts.needs)
     if config.critic.source:
         _check_reward_model(config.critic.source)
-    if config.reward.gold:
-        load_gold(config.reward.gold)
-    if config.reward.gold_credit:
-        user_function(config.reward.gold_credit, field="reward.gold_credit")
     _check_method(config, tokenizer)
     loaded = load_prompts(config.data, tokenizer)
     rows = loaded.train + loaded.heldout
@@ -116,6 +105,22 @@ def check(config: PPOConfig) -> Plan:
             *(note for _, note in models.values() if note),
         ],
     )
+
+
+def _check_settings(config: PPOConfig) -> None:
+    """What settings alone tell."""
+    check_medium(
+        config.weights.backend,
+        learner_gpus=config.learner.gpus_per_rank,
+        sampler_gpus=config.rollout.gpus_per_actor,
+        probe_tokens=config.weights.probe_tokens,
+    )
+    if config.reward.calibration_samples == 1:
+        raise ConfigError("reward.calibration_samples = 1: one response has no spread; use 2 or more, or 0 for none")
+    if config.reward.gold:
+        load_gold(config.reward.gold)
+    if config.reward.gold_credit:
+        user_function(config.reward.gold_credit, field="reward.gold_credit")
 
 
 def with_absolute_models(config: PPOConfig) -> PPOConfig:

@@ -818,7 +818,7 @@ def test_a_checkpointed_step_keeps_its_row_when_its_rank_dies_before_the_sampler
     begins_at: int, kept: list[int]
 ) -> None:
     async def main() -> list[float]:
-        coordinator = Coordinator(configuration(), [], [], prompts=PROMPTS, heldout=[])
+        coordinator = Coordinator(configuration(), {}, {}, prompts=PROMPTS, heldout=[])
         await coordinator.begin(0)
         coordinator._confirmed[1] = asyncio.create_task(asyncio.sleep(PATIENCE))  # type: ignore[arg-type]
         report = asyncio.create_task(coordinator.report(1, {"policy/loss": 0.5}))

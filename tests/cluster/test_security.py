@@ -5,8 +5,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 
-CLUSTER = Path(__file__).parents[2] / "cluster"
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "cluster"
 FILES = sorted(path for path in CLUSTER.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
 FORBIDDEN = (
     *("0.0.0.0", "INSECURE_SERIALIZATION", "VLLM_SERVER_DEV_MODE", "trust_remote_code", "privileged: true"),
@@ -45,3 +47,23 @@ def test_scripts_parse_and_stop_at_the_first_error(path: Path) -> None:
     done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "set -euo pipefail" in path.read_text()
+
+
+SUBMITTED = [
+    ("r3hf_ray/models/load.py", True),
+    ("jobs/tldr.toml", True),
+    ("pyproject.toml", True),
+    ("models/smollm2/model.safetensors", False),
+    ("runs/x/metrics.jsonl", False),
+    ("keys.env", False),
+    (".env", False),
+    ("jobs/.env", False),
+    ("id.pem", False),
+    (".ray_token_7", False),
+]
+
+
+@pytest.mark.parametrize(("path", "sent"), SUBMITTED)
+def test_what_a_submitted_working_folder_takes_along(path: str, sent: bool) -> None:
+    leave_out = get_excludes_from_ignore_files(ROOT, include_gitignore=False)
+    assert any(rule(ROOT / path) for rule in leave_out) is not sent

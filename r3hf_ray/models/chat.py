@@ -102,11 +102,13 @@ class Chat:
         own = given[len(body) :]  # only a format without an end leaves the answer's own in place
         tail = form.gap + form.end if form.end else own[: own.find(ends[0]) + len(ends[0])] if own else ""
         head = prompt.escaped + form.before
-        whole, cut = self._encode(head + self._escape(body) + tail), len(prompt.token_ids)
+        both = head + self._escape(body) + tail
+        whole, cut = self._encode(both), len(prompt.token_ids)
         if whole.token_ids[:cut] != prompt.token_ids:
             raise Unusable("answer whose first characters would change the tokens of its prompt")
         low = len(text) - len(text.lstrip())
-        shift, high = low - self._length(head), low + len(body)
+        start = len(self._disguise(head) if _LETTERS[0] in both else head)
+        shift, high = low - start, low + len(body)
         offsets = [(min(max(a + shift, low), high), min(max(b + shift, low), high)) for a, b in whole.offsets[cut:]]
         return Encoded(whole.token_ids[cut:], offsets)
 
@@ -167,9 +169,6 @@ class Chat:
 
     def _unescape(self, escaped: str) -> str:
         return re.sub(_LETTERS.format(r"(\d+)"), lambda found: self._control[int(found[1])], escaped)
-
-    def _length(self, escaped: str) -> int:
-        return len(self._disguise(escaped) if _LETTERS[0] in escaped else escaped)
 
     def _encode(self, escaped: str) -> Encoded:
         start = self._start if self.form.chat_template is None else []

@@ -67,7 +67,7 @@ def chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
             f"as {whole[-_SHOWN:]!r}, so an answer would be learned in another place than it is sampled: correct the "
             "template so that the first text begins the second (a thought that it opens must be closed, or not opened)"
         )
-    gap, end = tail[: len(tail) - len(tail.lstrip())], _end(tail.lstrip(), tokenizer)
+    gap, end = tail[: len(tail) - len(tail.lstrip())], _end(tail, tokenizer)
     suffix = tail.lstrip().removeprefix(end)
     return (
         ChatFormat(template, head.removeprefix(prompt), end, suffix, gap)
@@ -117,12 +117,15 @@ def read_format(reward_model: str) -> ChatFormat | None:
 
 def _end(tail: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The token that opens what a template puts behind an answer, special or not; empty where none does."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if tail.startswith(token.content)]
-    if added or not tail:
+    given = tail.strip()
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if given.startswith(token.content)]
+    if added or not given:
         return max(added, key=len, default="")
-    word = tail.split()[0]
-    known = tokenizer.get_vocab().get(word) not in (None, tokenizer.unk_token_id)
-    return word if known and is_mark(word) else ""
+    word = given.split()[0]
+    index = tokenizer.get_vocab().get(word, tokenizer.unk_token_id)
+    if index == tokenizer.unk_token_id or not is_mark(word):
+        return ""
+    return word if index in tokenizer.encode(ANSWER + tail, add_special_tokens=False) else ""
 
 
 def is_mark(token: str) -> bool:

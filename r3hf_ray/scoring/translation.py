@@ -10,6 +10,7 @@ it might have made others. Scores are still taken only where no character to com
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -121,18 +122,28 @@ class Translator:
         text, ends = spell(self._decode, spoken)
         ends = [*ends, len(text)] if finished else [*ends[:-1], len(text)]
         dropped = len(policy_before) if text.startswith(policy_before) else 0
-        read = self._encode(before + text[dropped:])
-        said = np.asarray(read.ids, np.int32)
+        read, read_ends = self._continue(before + text[dropped:])
+        said = np.asarray(read, np.int32)
         if self._unknown is not None:  # vocabularies of words or pieces hold control tokens among them
             said[np.isin(said, self._special)] = self._unknown
         ids = np.concatenate([np.asarray(self._control, np.int32), said])
-        reader_ends = np.asarray([0] * len(self._control) + [end for _, end in read.offsets], np.int64)
+        reader_ends = np.asarray([0] * len(self._control) + read_ends, np.int64)
         policy_ends = np.asarray(ends, np.int64) + (len(before) - dropped)
         known = ids != (-1 if self._unknown is None else self._unknown)
         lost = unmapped(boundaries(policy_ends, reader_ends[known]))[: len(spoken)]
         return Retold(
             token_ids=ids, boundary=boundaries(policy_ends, reader_ends), loss=float(lost.mean()) if len(lost) else 0.0
         )
+
+    def _continue(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids and ends of a text that goes on behind a line: of the first one of all a tokenizer may make another."""
+        with suppress(ModelError):  # a vocabulary may have no token for a line's end
+            line, given = self._encode("\n"), self._encode("\n" + text)
+            cut = len(line.ids)
+            if given.ids[:cut] == line.ids and all(end <= 1 for _, end in given.offsets[:cut]):
+                return given.ids[cut:], [end - 1 for _, end in given.offsets[cut:]]
+        given = self._encode(text)
+        return given.ids, [end for _, end in given.offsets]
 
     def _encode(self, text: str) -> Encoding:
         try:

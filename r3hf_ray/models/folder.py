@@ -157,7 +157,7 @@ def read_config(source: str | Path, kind: str) -> PreTrainedConfig:
     check_folder(source, kind)
     try:
         return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever a library makes of a stranger's file
         raise ModelError(f"{source}: cannot be loaded as {kind}: {first_line(error)}") from error
 
 
@@ -170,7 +170,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     check_folder(source, "tokenizer")
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # whatever a library makes of a stranger's file
         raise ModelError(f"{source}: no tokenizer ({first_line(error)}); save it beside the model") from error
 
 

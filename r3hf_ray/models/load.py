@@ -4,6 +4,8 @@ A model is run as it was made. The attention is the fastest that gives the score
 forward says something else than our way through trunk and head is refused.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -241,15 +243,22 @@ def _weights(auto_class: Any, source: str | Path, kind: str, **options: Any) -> 
         ModelError: it gives nothing; its reason, one line.
     """
     try:
-        if auto_class is AutoModelForSequenceClassification:
-            _keep_head(read_config(source, kind))
-        return auto_class.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        with _float32_head(auto_class, source, kind):
+            return auto_class.from_pretrained(source, **options)
+    except Exception as error:  # whatever a library makes of a stranger's file
         raise ModelError(f"{source}: cannot be loaded as {kind}: {first_line(error)}") from error
 
 
-def _keep_head(config: PreTrainedConfig) -> None:
+@contextmanager
+def _float32_head(auto_class: Any, source: str | Path, kind: str) -> Iterator[None]:
     """Let transformers read a ``score`` head in the float32 it may be saved in, whatever the trunk's data type."""
-    kind = AutoModelForSequenceClassification._model_mapping.get(type(config), None)
-    if kind is not None:
-        kind._keep_in_fp32_modules_strict = {*(kind._keep_in_fp32_modules_strict or ()), "score"}
+    model = auto_class._model_mapping.get(type(read_config(source, kind)), None)
+    if auto_class is not AutoModelForSequenceClassification or model is None:
+        yield
+        return
+    kept = model._keep_in_fp32_modules_strict
+    model._keep_in_fp32_modules_strict = {*(kept or ()), "score"}
+    try:
+        yield
+    finally:
+        model._keep_in_fp32_modules_strict = kept

@@ -287,3 +287,28 @@ def test_the_probe_repeats_the_prompts() -> None:
     prompts = [np.array([1, 5], np.int32), np.array([1, 6, 7], np.int32)]
     assert probe_sequence(prompts, 8) == [1, 5, 1, 6, 7, 1, 5, 1]
     assert probe_sequence(prompts, 0) == []
+
+
+def test_the_policys_ends_and_its_ids_without_a_token_are_in_the_plan(
+    configure: Callable[..., PPOConfig], cases: Path, padded_policy: Path
+) -> None:
+    models = {"reward_model": str(cases / "ok_rm")}
+    plan = check(configure(model=models | {"policy": str(cases / "policy_eos_is_not_template_end")}))
+    assert (plan.engine.eos_ids, plan.engine.unknown_ids) == ((256, 258), ())
+    padded = check(configure(model=models | {"policy": str(padded_policy)}))
+    assert padded.engine.unknown_ids == tuple(range(259, 266))
+
+
+def test_models_without_a_window_have_no_limit(configure: Callable[..., PPOConfig], cases: Path) -> None:
+    names = {"policy": str(cases / "policy_no_window"), "reward_model": str(cases / "rm_no_window")}
+    plan = check(configure(model=names, rollout={"max_response_tokens": 100_000}))
+    assert plan.engine.max_model_len == max(len(prompt) for prompt in [*plan.prompts, *plan.heldout]) + 100_000
+
+
+def test_a_policy_that_opens_a_thought_or_classifies_is_refused(
+    configure: Callable[..., PPOConfig], cases: Path
+) -> None:
+    for name, said in [("policy_opens_a_thought", "asks for an answer behind"), ("ok_rm", "is a LlamaForSequence")]:
+        models = {"policy": str(cases / name), "reward_model": str(cases / "ok_rm")}
+        with pytest.raises(ConfigError, match=said):
+            check(configure(model=models))

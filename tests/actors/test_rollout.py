@@ -28,12 +28,15 @@ from r3hf_ray.weights.tensors import in_transit
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 KINDS = ("untied", "tied")
+PADDED = "padded"
+UNKNOWN = tuple(range(57, 64))
+"""Ids of the padded kind that are no token: its head likes them best."""
 BLOCK = 128  # tokens of a cache block on CPU
 EOS = 2
 LIMIT = 12
 TEMPERATURE = 0.7
 SECTION = RolloutSection(max_response_tokens=LIMIT, temperature=TEMPERATURE)
-PROBE = np.random.default_rng(1).integers(3, 64, BLOCK + 32).tolist()
+PROBE = np.random.default_rng(1).integers(3, UNKNOWN[0], BLOCK + 32).tolist()
 
 
 class Samplers:
@@ -137,13 +140,18 @@ class World:
 def world(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     folder = tmp_path_factory.mktemp("models")
-    models = {kind: tiny_llama(tied=kind == "tied") for kind in KINDS}
+    models = {kind: tiny_llama(tied=kind == "tied") for kind in (*KINDS, PADDED)}
+    with torch.no_grad():
+        models[PADDED].lm_head.weight[list(UNKNOWN)] *= 5.0
+    unknown, never = torch.tensor(UNKNOWN), float("-inf")
+    models[PADDED].lm_head.register_forward_hook(lambda _, given, logits: logits.index_fill(-1, unknown, never))
     for kind, model in models.items():
         model.save_pretrained(folder / kind)
     facts = {
         kind: EngineFacts(model=str(folder / kind), max_model_len=256, eos_ids=(EOS,), medium="object_ref")
         for kind in KINDS
     }
+    facts[PADDED] = replace(facts["untied"], model=str(folder / PADDED), unknown_ids=UNKNOWN)
     samplers = ray.remote(Samplers).options(runtime_env={"env_vars": engine_environment(SECTION)}).remote(facts)
     yield World(samplers, ray.remote(WeightStore).options(num_cpus=0).remote(), models)
     ray.kill(samplers)
@@ -222,6 +230,17 @@ def test_after_each_sync_behaviour_logprobs_are_those_of_the_new_weights(world: 
         rows = as_rows(trajectories)
         assert rows != before, "other weights sample otherwise"
         before = rows
+
+
+def test_ids_that_are_no_token_are_never_sampled_nor_counted_in_a_probability(world: World) -> None:
+    for noise_seed in (1, 2):  # weights that come later are masked too
+        assert world.sync(PADDED, noise_seed=noise_seed).probe_gap < 3e-6
+        for trajectory in world.generate(PADDED, requests_of(prompts(), samples=4)):
+            assert trajectory.token_ids[trajectory.prompt_len :].max() < UNKNOWN[0]
+            expected = logprobs(
+                world.models[PADDED], trajectory.token_ids, trajectory.prompt_len, temperature=TEMPERATURE
+            )
+            np.testing.assert_allclose(trajectory.behavior_logprobs, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

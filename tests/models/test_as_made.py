@@ -64,7 +64,7 @@ def test_soft_capped_attention_is_kept_wherever_a_score_is_read(cases: Path) -> 
         judge = load_judge(str(source), attention=attention)
         (scored,) = score_answers(judge, [Answer(IDS[0, :3].tolist(), IDS[0, 3:].tolist())])
         assert scored.score == pytest.approx(expected, abs=1e-5)
-    assert untrained(judge, seed=1).model.config._attn_implementation == "eager"
+    assert untrained(judge, seed=1).reader.model.config._attn_implementation == "eager"
     assert load_reward_model(source, torch.bfloat16).config._attn_implementation == "eager"
     for head in ("last_token", "running_sum"):
         assert untrained_reward_model(source, head=head).config._attn_implementation == "eager"

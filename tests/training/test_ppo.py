@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 from r3hf_ray.algorithms.advantages import gae
 from r3hf_ray.config import PPOConfig
@@ -421,6 +421,14 @@ def test_the_policy_is_saved_as_a_model_folder(tiny_models, tmp_path):
     for name, x in ppo.full_parameters():
         assert torch.equal(model.state_dict()[name], x)
     assert AutoTokenizer.from_pretrained(tmp_path / "model").eos_token == "<eos>"
+
+
+def test_the_saved_policy_names_every_end(tiny_models, cases, tmp_path):
+    models = {"policy": str(cases / "policy_eos_is_not_template_end"), "reward_model": str(cases / "ok_rm")}
+    ppo = learner(tiny_models, model=models)
+    update(ppo)
+    ppo.save_pretrained(tmp_path / "model")
+    assert GenerationConfig.from_pretrained(tmp_path / "model").eos_token_id == [256, 258]
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from r3hf_ray.config import SFTConfig
+from r3hf_ray.data.loading import load_examples
+from r3hf_ray.models.folder import ModelFolder, load_tokenizer
+from r3hf_ray.sections.data import DataSection
 from r3hf_ray.training.sft import train_policy
 from r3hf_ray.types import Example
 
@@ -56,3 +59,15 @@ def test_answers_are_learnt_and_nothing_else(base_model: Path, tmp_path: Path) -
     assert tokenizer.pad_token_id == trained.config.pad_token_id != tokenizer.eos_token_id
     assert not (tmp_path / "model.partial").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_saved_policy_stops_where_its_template_closes_a_turn(cases: Path, tmp_path: Path) -> None:
+    """Its tokenizer's EOS is another token; whoever samples from the folder must know both."""
+    base = cases / "policy_eos_is_not_template_end"
+    data = DataSection(source=str(cases.parent / "rows.jsonl"))
+    Path(data.source).write_text('{"prompt": "Hi", "completion": "Yes"}\n' * 8)
+    examples = load_examples(data, load_tokenizer(base), max_tokens=64).train
+    assert {example.answer_ids[-1] for example in examples} == {258}
+    train_policy(config(base), examples, [], folder=tmp_path / "model", on_metrics=lambda step, metrics: None)
+    assert GenerationConfig.from_pretrained(tmp_path / "model").eos_token_id == [256, 258]
+    assert ModelFolder(tmp_path / "model", "policy").end_ids == [256, 258]

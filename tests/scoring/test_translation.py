@@ -1,5 +1,6 @@
 """What another tokenizer reads of a response: the text as it grows, and boundaries that never hold what is to come."""
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -245,3 +246,15 @@ def test_a_tokenizer_without_offsets_is_refused(tokenizers, monkeypatch):
     monkeypatch.setattr(type(slow), "is_fast", False)
     with pytest.raises(ModelError, match="gives no character offsets"):
         translator(tokenizers["long"], slow)
+
+
+def test_a_retold_answer_begins_as_it_does_behind_its_prompt(
+    tokenizer: PreTrainedTokenizerFast, metaspace: Callable[[str | None], PreTrainedTokenizerFast]
+) -> None:
+    """A tokenizer that marks the first word of a text does not mark an answer's, which is not the whole's first."""
+    pieces = metaspace(None)
+    for before, first in (("", "Y"), (" ", "▁Y"), ("<s>", "Y")):
+        retold = translator(tokenizer, pieces, before=before).response(encode(tokenizer, "Yes, é"), finished=False)
+        ids = encode(pieces, before) if before == "<s>" else []
+        assert pieces.convert_ids_to_tokens(retold.token_ids.tolist()[len(ids) :])[:3] == [first, "e", "s"]
+        assert retold.boundary[2] == len(ids) + 2

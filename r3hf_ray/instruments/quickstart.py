@@ -28,9 +28,7 @@ ACCURACY_BARS = (0.65, 0.80)
 """Held-out pair accuracy of the reward model: below, it has not learned; above, the labels are not noisy enough."""
 LINE_SECONDS = 5.0
 """Time between two lines of a stage before PPO. [s]"""
-
-
-SHORT = {"sft_rows": 4_000, "groups": 400, "heldout_pairs": 200}
+SHORT_WORLD = {"sft_rows": 4_000, "groups": 400, "heldout_pairs": 200}
 SHORT_PPO = ("--ppo.steps", "6", "--evaluation.prompts", "64", "--reward.calibration_samples", "64")
 
 
@@ -41,7 +39,7 @@ def quickstart(folder: Path, *, seed: int, short: bool, console: Console) -> int
     """
     start, root = time.monotonic(), _new_folder(folder / "quickstart")
     jobs = {"sft_job": _job("toy_sft"), "reward_job": _job("toy_reward")}
-    models = ToyModels(ToySection.model_validate(jobs | {"seed": seed} | (SHORT if short else {})), root)
+    models = ToyModels(ToySection.model_validate(jobs | {"seed": seed} | (SHORT_WORLD if short else {})), root)
     run = ["--run.folder", str(root), "--run.name", "ppo", "--run.seed", str(seed)]
     job = load(PPOConfig, _job("toy_ppo"), [*run, *models.overrides(), *(SHORT_PPO if short else ())])
     with ray_session(job.run.cpus):

@@ -35,7 +35,7 @@ TEMPLATE = (
 )
 """Chat template that adds nothing to a prompt, so that it has exactly `PROMPT_TOKENS` tokens."""
 
-Overrides = Mapping[str, Mapping[str, Any]]
+SectionFields = Mapping[str, Mapping[str, Any]]
 """Section -> field -> value, over the shape's own job."""
 
 
@@ -47,7 +47,7 @@ class Variant:
     """
 
     name: str
-    overrides: Overrides = field(default_factory=dict)
+    overrides: SectionFields = field(default_factory=dict)
     once: bool = False
     """Only in the first repeat, and with `SHORT_STEPS` steps: it is slow, and no target depends on it."""
 
@@ -76,7 +76,7 @@ class Shape:
     """Passes of the bare loops in one repeat, on each number of threads."""
     overhead: float
     """Target: wall time of a step at lag 0, at most this many times the sum of the bare loops."""
-    job: Overrides
+    job: SectionFields
     """Threads and actors: the same in every variant, so that lag 0 and lag 1 differ in the lag only."""
     variants: tuple[Variant, ...]
 

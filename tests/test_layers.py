@@ -25,7 +25,8 @@ LAYERS = {
 """Floor of each room, and of a file that stands on another floor than its room."""
 ORDER = [
     "session", "records", "counts_and_warnings", "preflight", "prepare", "driver",
-    "instruments/pages", "instruments/report", "instruments/toy", "instruments/audit", "instruments/credit",
+    "instruments/pages", "instruments/report", "instruments/toy", "instruments/scored_answers",
+    "instruments/audit", "instruments/credit",
     "instruments/compare", "instruments/quickstart",
     "flags", "help_pages", "cli", "__main__",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from r3hf_ray.instruments.audit.answers import Answer, Judge, Scored, load_judge
+from r3hf_ray.instruments.scored_answers import Answer, Judge, Scored, load_judge
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (

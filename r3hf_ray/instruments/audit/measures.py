@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from r3hf_ray.algorithms.credit import pearson
-from r3hf_ray.instruments.audit.answers import Scored, largest_telescoping_error, r3hf_credit, unit
 from r3hf_ray.instruments.pages.intervals import Estimate, share_above_zero
+from r3hf_ray.instruments.scored_answers import Scored, ScoreUnit, largest_telescoping_error, r3hf_credit, unit_of
 
 PARTS = 10
 
@@ -94,6 +94,11 @@ class Audit:
     length: Length
     telescoping_error: float
 
+    @property
+    def unit(self) -> ScoreUnit:
+        """Zero and unit of everything."""
+        return ScoreUnit(self.score_mean, self.score_std)
+
 
 def audit_numbers(pairs: Sequence[tuple[Scored, Scored]]) -> Audit:
     """The numbers of at least one pair (chosen, rejected).
@@ -102,25 +107,25 @@ def audit_numbers(pairs: Sequence[tuple[Scored, Scored]]) -> Audit:
         ModelError: the model gives every answer the same score.
     """
     answers = [answer for pair in pairs for answer in pair]
-    mean, std = unit(answers)
-    credit = r3hf_credit(answers, mean=mean, std=std)
+    unit = unit_of(answers)
+    credit = r3hf_credit(answers, unit)
     tokens = float(np.mean([len(c) for c in credit]))
     total = float(np.mean([np.abs(c).sum() for c in credit]))
     return Audit(
         pairs=len(pairs),
         mean_tokens=tokens,
-        score_mean=mean,
-        score_std=std,
+        score_mean=unit.mean,
+        score_std=unit.std,
         accuracy=share_above_zero(np.array([chosen.score - rejected.score for chosen, rejected in pairs])),
-        places=tuple(_place(answers, part, std) for part in range(PARTS + 1)),
+        places=tuple(_place(answers, part, unit.std) for part in range(PARTS + 1)),
         credit_by_part=_by_part(answers, credit),
         first_share=_ratio(math.fsum(abs(c[0]) for c in credit), total * len(credit)),
-        ending=_ending(answers, credit, std),
-        prompt_offset=float(np.std([chosen.prompt_score for chosen, _ in pairs])) / std,
+        ending=_ending(answers, credit, unit.std),
+        prompt_offset=float(np.std([chosen.prompt_score for chosen, _ in pairs])) / unit.std,
         abs_credit=total,
         noise=total / math.sqrt(2 / math.pi * tokens),
         length=_length(pairs),
-        telescoping_error=largest_telescoping_error(answers, mean=mean, std=std),
+        telescoping_error=largest_telescoping_error(answers, unit),
     )
 
 

@@ -6,16 +6,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.instruments.audit.advice import HALF, Advice
-from r3hf_ray.instruments.audit.answers import Scored, r3hf_credit
 from r3hf_ray.instruments.audit.measures import Audit
-from r3hf_ray.instruments.audit.scored_text import scored_text
 from r3hf_ray.instruments.pages.coloured_answers import ColouredAnswer, colour_row, scale_of, spread_out
+from r3hf_ray.instruments.pages.intervals import Estimate
 from r3hf_ray.instruments.pages.parts import Chart, Check, Page, PageSection, Series, Table, TableRow, Tile, estimates
+from r3hf_ray.instruments.scored_answers import Scored, r3hf_credit, scored_text
 from r3hf_ray.methods import facts_of
 
 SHOWN_PAIRS = 8
 SHOWN_DOTS = 600
-READ = "share of the answer read"
 Pairs = Sequence[tuple[Scored, Scored]]
 STATUS = {
     "likely": ("signal likely", "good"),
@@ -89,10 +88,9 @@ def audit_page(
 
 def _coloured_pairs(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, audit: Audit) -> list[ColouredAnswer]:
     """Pairs from the clearest right ranking to the clearest wrong one, both answers coloured by r3hf."""
-    mean, std = audit.score_mean, audit.score_std
-    margins = np.array([chosen.score - rejected.score for chosen, rejected in pairs]) / std
+    margins = np.array([chosen.score - rejected.score for chosen, rejected in pairs]) / audit.score_std
     picked = spread_out(margins, SHOWN_PAIRS)
-    credit = [r3hf_credit(pairs[i], mean=mean, std=std) for i in picked]
+    credit = [r3hf_credit(pairs[i], audit.unit) for i in picked]
     scale = scale_of([paid for both in credit for paid in both])
     return [
         ColouredAnswer(
@@ -103,10 +101,9 @@ def _coloured_pairs(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, audit: Aud
                 scored_text(
                     answer,
                     tokenizer,
-                    mean=mean,
-                    std=std,
+                    audit.unit,
                     title=name,
-                    note=f"score {(answer.score - mean) / std:+.2f}, {len(answer.prefix)} tokens",
+                    note=f"score {audit.unit.of(answer.score):+.2f}, {len(answer.prefix)} tokens",
                 )
                 for name, answer in zip(("chosen", "rejected"), pairs[i], strict=True)
             ],
@@ -117,20 +114,16 @@ def _coloured_pairs(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, audit: Aud
 
 
 def _tiles(audit: Audit) -> list[Tile]:
-    half, length = audit.places[HALF].agrees, audit.length
+    half, length, ending = audit.places[HALF].agrees, audit.length, audit.ending
     return [
-        _tile("Ranks pairs right", audit.accuracy.value, "95% interval", audit.accuracy.low, audit.accuracy.high),
-        _tile("Already half-way", half.value, "95% interval", half.low, half.high),
+        _accuracy("Ranks pairs right", audit.accuracy),
+        _accuracy("Already half-way", half),
         Tile(
             "Up and down",
             f"{audit.abs_credit:.1f}",
             f"sum of |token reward| an answer; {audit.noise:.1f} × a steady one",
         ),
-        Tile(
-            "Credit on the end token",
-            f"{audit.ending.share:.0%}",
-            f"of all; {audit.ending.finished:.0%} of answers end",
-        ),
+        Tile("Credit on the end token", f"{ending.share:.0%}", f"of all; {ending.finished:.0%} of answers end"),
         Tile("Prompt's own score", f"{audit.prompt_offset:.2f}", "std over prompts, of the score's std"),
         Tile(
             "Prefers the longer answer",
@@ -140,34 +133,42 @@ def _tiles(audit: Audit) -> list[Tile]:
     ]
 
 
-def _tile(label: str, value: float, note: str, low: float, high: float) -> Tile:
-    return Tile(label, f"{value:.1%}", f"{note} {low:.1%} to {high:.1%}", "good" if low > 0.5 else "bad")
+def _accuracy(label: str, found: Estimate) -> Tile:
+    tone = "good" if found.low > 0.5 else "bad"
+    return Tile(label, f"{found.value:.1%}", f"95% interval {found.low:.1%} to {found.high:.1%}", tone)
 
 
 def _prefix_charts(audit: Audit) -> list[Chart]:
     read = [place.read for place in audit.places]
-    return [
-        Chart(
-            title="When is the better answer ahead?",
+
+    def chart(title: str, unit: str, sentence: str, series: Sequence[Series], reference: float | None = None) -> Chart:
+        return Chart(
+            title=title,
+            unit=unit,
+            sentence=sentence,
             kind="lines",
-            unit="share of pairs",
-            sentence="How often the chosen answer already scores higher when this much of both has been read. At 50% "
-            "the model is guessing; a line that leaves it early means that beginnings carry signal. The band is the "
-            "95% interval.",
-            series=[
-                estimates("chosen ahead", read, [p.agrees for p in audit.places]),
-            ],
-            reference=0.5,
-            x_title=READ,
+            series=series,
+            reference=reference,
+            x_title="share of the answer read",
             percent=True,
+        )
+
+    return [
+        chart(
+            "When is the better answer ahead?",
+            "share of pairs",
+            "How often the chosen answer already scores higher when this much of both has been read. At 50% the model "
+            "is guessing; a line that leaves it early means that beginnings carry signal. The band is the 95% "
+            "interval.",
+            [estimates("chosen ahead", read, [p.agrees for p in audit.places])],
+            reference=0.5,
         ),
-        Chart(
-            title="How far do scores drift?",
-            kind="lines",
-            unit="standard deviations",
-            sentence="Mean change of the score since the prompt; the band holds 80% of the answers. A drift before the "
-            "end pays or charges every token for being there; a step at the end is the end token.",
-            series=[
+        chart(
+            "How far do scores drift?",
+            "standard deviations",
+            "Mean change of the score since the prompt; the band holds 80% of the answers. A drift before the end pays "
+            "or charges every token for being there; a step at the end is the end token.",
+            [
                 Series(
                     label="change since the prompt",
                     x=read,
@@ -177,22 +178,16 @@ def _prefix_charts(audit: Audit) -> list[Chart]:
                 )
             ],
             reference=0.0,
-            x_title=READ,
-            percent=True,
         ),
-        Chart(
-            title="How much does a beginning foretell?",
-            kind="lines",
-            unit="correlation, standard deviations",
-            sentence="Correlation of the change so far with the whole change, and the spread of prefix scores over "
-            "answers (1 at the end). High early: the score is settled early. Spread far above 1: prefixes are "
-            "scored wildly.",
-            series=[
+        chart(
+            "How much does a beginning foretell?",
+            "correlation, standard deviations",
+            "Correlation of the change so far with the whole change, and the spread of prefix scores over answers (1 "
+            "at the end). High early: the score is settled early. Spread far above 1: prefixes are scored wildly.",
+            [
                 Series(label="foretells the outcome", x=read, y=[p.foretells for p in audit.places]),
                 Series(label="spread", x=read, y=[p.spread for p in audit.places], quiet=True),
             ],
-            x_title=READ,
-            percent=True,
         ),
     ]
 
@@ -227,7 +222,7 @@ def _credit_charts(audit: Audit, pairs: Pairs) -> list[Chart]:
                 Series(
                     label="answer",
                     x=[len(a.prefix) for a in answers],
-                    y=[(a.score - audit.score_mean) / audit.score_std for a in answers],
+                    y=[audit.unit.of(a.score) for a in answers],
                 )
             ],
             x_title="tokens of the answer",

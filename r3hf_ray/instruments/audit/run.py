@@ -7,11 +7,11 @@ from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.data.loading import load_pairs
 from r3hf_ray.instruments.audit.advice import advise
-from r3hf_ray.instruments.audit.answers import Answer, load_judge, score_answers
 from r3hf_ray.instruments.audit.measures import audit_numbers
 from r3hf_ray.instruments.audit.page import audit_page
 from r3hf_ray.instruments.pages.parts import model_name
 from r3hf_ray.instruments.pages.writing import write_page
+from r3hf_ray.instruments.scored_answers import Answer, load_judge, score_answers
 from r3hf_ray.sections.data import DataSection
 from r3hf_ray.types import Pair
 

@@ -28,7 +28,7 @@ from r3hf_ray.data.loading import Report, read_rows
 from r3hf_ray.data.messages import messages_of
 from r3hf_ray.data.sources import open_source
 from r3hf_ray.errors import DataError, ModelError, Unusable
-from r3hf_ray.instruments.audit.answers import Answer, Judge
+from r3hf_ray.instruments.scored_answers import Answer, Judge
 from r3hf_ray.sections.data import DataSection
 from r3hf_ray.types import Message
 

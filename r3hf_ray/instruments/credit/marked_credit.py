@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Float64
 
 from r3hf_ray.algorithms.credit import auc
-from r3hf_ray.instruments.audit.answers import Credit
 from r3hf_ray.instruments.credit.marked import MarkedAnswer, Text, changed_characters, marked_characters, on_characters
 from r3hf_ray.instruments.pages.intervals import Estimate, mean_interval
+from r3hf_ray.instruments.scored_answers import Credit
 from r3hf_ray.methods import facts_of
 
 RANDOM, EARLIER, LATER = "random", "earlier is better", "later is better"

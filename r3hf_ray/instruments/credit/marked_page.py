@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from r3hf_ray.instruments.audit.answers import Credit, Scored
-from r3hf_ray.instruments.audit.scored_text import scored_text
 from r3hf_ray.instruments.credit.marked import MarkedAnswer, marked_characters
 from r3hf_ray.instruments.credit.marked_credit import (
     CONTROLS,
@@ -36,6 +34,7 @@ from r3hf_ray.instruments.pages.parts import (
     area_chart,
     estimates,
 )
+from r3hf_ray.instruments.scored_answers import Credit, Scored, ScoreUnit, scored_text
 from r3hf_ray.methods import facts_of
 
 SHOWN = 6
@@ -106,9 +105,7 @@ def coloured_marked_answers(
     paid: Mapping[str, Credit],
     blame: Sequence[float],
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    mean: float,
-    std: float,
+    unit: ScoreUnit,
 ) -> list[ColouredAnswer]:
     """Answers from where r3hf finds the marks best to where it finds them worst, coloured by each method.
 
@@ -118,8 +115,7 @@ def coloured_marked_answers(
         paid: credit by method.
         blame: for each answer the area of r3hf; NaN where it has only one sort of text.
         tokenizer: of the reward model.
-        mean: of the score, as is `std`.
-        std: in the model's own units.
+        unit: of all credit.
     """
     shown = {n: paid[n] for n in in_order(paid) if n not in CONTROLS or n in CONTROL_NOTES}
     notes = {**CONTROL_NOTES, "segment": "r3hf summed over sentences, shown shared over each"}
@@ -131,9 +127,9 @@ def coloured_marked_answers(
         kinds = _kinds(answers[i])
         tags = ["" if t and kinds[t - 1] == kind else kind for t, kind in enumerate(kinds)]
         marks = [-1 if kind else 0 for kind in kinds]
-        text = scored_text(scored[i], tokenizer, mean=mean, std=std, marks=marks, words=kinds, tags=tags)
+        text = scored_text(scored[i], tokenizer, unit, marks=marks, words=kinds, tags=tags)
         scale = scale_of(credit[i] for name, credit in coloured.items() if name not in CONTROL_NOTES)
-        score = f"{(scored[i].score - mean) / std:+.2f}"
+        score = f"{unit.of(scored[i].score):+.2f}"
         found.append(
             ColouredAnswer(
                 label=f"row {answers[i].row}",

@@ -6,17 +6,6 @@ from pathlib import Path
 from rich.console import Console
 
 from r3hf_ray.errors import ConfigError
-from r3hf_ray.instruments.audit.answers import (
-    Credit,
-    Judge,
-    credit_by_method,
-    load_judge,
-    r3hf_credit,
-    reference_logprobs,
-    score_answers,
-    unit,
-    untrained,
-)
 from r3hf_ray.instruments.credit.marked import MarkedAnswer, Text, load_marked
 from r3hf_ray.instruments.credit.marked_credit import LOGPROB, UNTRAINED, blame, corrections_won, finding
 from r3hf_ray.instruments.credit.marked_credit import measure_methods as measure_marked
@@ -32,6 +21,17 @@ from r3hf_ray.instruments.credit.toy_credit import (
 from r3hf_ray.instruments.credit.toy_page import coloured_responses, toy_page
 from r3hf_ray.instruments.pages.parts import model_name
 from r3hf_ray.instruments.pages.writing import write_page
+from r3hf_ray.instruments.scored_answers import (
+    Credit,
+    Judge,
+    credit_by_method,
+    load_judge,
+    r3hf_credit,
+    reference_logprobs,
+    score_answers,
+    unit_of,
+    untrained,
+)
 
 QA_FEEDBACK = ("dev_feedback.json", "qa_feedback.jsonl.gz", "qa_feedback.jsonl")
 QA_FEEDBACK_URL = (
@@ -77,12 +77,12 @@ def _toy(
 ) -> int:
     responses = toy_responses(judge, policy, count=count, max_response_tokens=max_response_tokens, seed=seed)
     scored = score_answers(judge, [response.answer for response in responses], console=console)
-    mean, std = unit(scored)
-    paid = credit_by_method(judge, scored, mean=mean, std=std)
+    unit = unit_of(scored)
+    paid = credit_by_method(judge, scored, unit)
     rows = measure_methods(with_controls(paid, responses, seed=seed), responses)
-    advantages = first_advantages(scored, responses, mean=mean, std=std)
+    advantages = first_advantages(scored, responses, unit)
     bars = requirements(rows, advantages)
-    coloured = coloured_responses(scored, responses, paid, judge.tokenizer, mean=mean, std=std)
+    coloured = coloured_responses(scored, responses, paid, judge.tokenizer, unit)
     author = f"sampled from {policy}" if policy else "by the toy's author"
     page = write_page(
         folder,
@@ -116,17 +116,17 @@ def _marked(
     originals, count = [answer.original for answer in answers], len(answers)
     texts = [*originals, *(answer.corrected for answer in answers if answer.corrected is not None)]
     scored = score_answers(judge, [text.answer for text in texts], console=console)
-    mean, std = unit(scored[:count])
+    unit = unit_of(scored[:count])
     controls, totals = _controls(judge, texts, policy, seed, console)
     totals = {"reward model": [s.score for s in scored], **totals}
-    paid = with_marked_controls(credit_by_method(judge, scored, mean=mean, std=std), texts, seed=seed, more=controls)
+    paid = with_marked_controls(credit_by_method(judge, scored, unit), texts, seed=seed, more=controls)
     first = {method: credit[:count] for method, credit in paid.items()}
     rows = measure_marked(first, {method: credit[count:] for method, credit in paid.items()}, answers)
     amended = [answer for answer in answers if answer.corrected is not None]
     pairs = corrections_won({name: _margins(answers, values) for name, values in totals.items()}, amended)
     found, about = finding(rows), f"{count:,} marked answers of {source}"
     areas = [blame(credit, answer) for credit, answer in zip(first["r3hf"], answers, strict=True)]
-    coloured = coloured_marked_answers(answers, scored[:count], first, areas, judge.tokenizer, mean=mean, std=std)
+    coloured = coloured_marked_answers(answers, scored[:count], first, areas, judge.tokenizer, unit)
     page = write_page(
         folder,
         "credit",
@@ -154,8 +154,8 @@ def _controls(
     """What needs a model or a length: credit of every token, and a score of every text."""
     answers = [text.answer for text in texts]
     fresh = score_answers(untrained(judge, seed=seed), answers, console=console)
-    mean, std = unit(fresh)
-    credit = {UNTRAINED: r3hf_credit(fresh, mean=mean, std=std)}
+    unit = unit_of(fresh)
+    credit = {UNTRAINED: r3hf_credit(fresh, unit)}
     totals = {UNTRAINED: [scored.score for scored in fresh]}
     if policy is not None:
         credit[LOGPROB] = reference_logprobs(judge, policy, answers, console=console)

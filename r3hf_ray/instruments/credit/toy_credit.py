@@ -19,19 +19,20 @@ from r3hf_ray.algorithms.masking import previous_token
 from r3hf_ray.algorithms.redistribution import redistribute
 from r3hf_ray.draws import seed_of
 from r3hf_ray.errors import ModelError
-from r3hf_ray.instruments.audit.answers import (
+from r3hf_ray.instruments.pages.intervals import Estimate, mean_interval
+from r3hf_ray.instruments.scored_answers import (
     Answer,
     Credit,
     Judge,
     Scored,
+    ScoreUnit,
     load_judge,
     r3hf_credit,
     score_answers,
     standardised,
-    unit,
+    unit_of,
     unpadded,
 )
-from r3hf_ray.instruments.pages.intervals import Estimate, mean_interval
 from r3hf_ray.instruments.toy.author import noisy_response
 from r3hf_ray.instruments.toy.language import VOCABULARY, ToyRequest, gold_credit, make_request, phrase_ids
 from r3hf_ray.instruments.toy.sampling import render_prompt, sample_responses
@@ -175,19 +176,19 @@ def reward_model_agreement(reward_model: str, policy: str, *, count: int, seed: 
     judge = load_judge(reward_model)
     responses = toy_responses(judge, policy, count=count, max_response_tokens=48, seed=seed)
     scored = score_answers(judge, [response.answer for response in responses])
-    mean, std = unit(scored)
-    return measure_methods({"r3hf": r3hf_credit(scored, mean=mean, std=std)}, responses)[0]
+    unit = unit_of(scored)
+    return measure_methods({"r3hf": r3hf_credit(scored, unit)}, responses)[0]
 
 
 def first_advantages(
-    scored: Sequence[Scored], responses: Sequence[ToyResponse], *, mean: float, std: float
+    scored: Sequence[Scored], responses: Sequence[ToyResponse], unit: ScoreUnit
 ) -> dict[str, dict[float, float]]:
     """Area under the curve of the very first advantages, tokens that helped against tokens that hurt, by lambda.
 
     Pooled over responses, as PPO whitens them. ``V = RM`` is a critic loaded from the reward model with its head.
     Sparse reward with it and `r3hf` with a zero critic are equal: redistribution is potential-based (Wiewiora, 2003).
     """
-    scores, mask = standardised(scored, mean=mean, std=std)
+    scores, mask = standardised(scored, unit)
     gold, zero = pad_rows([response.gold for response in responses], fill=0.0), torch.zeros_like(scores.prefix)
     previous = previous_token(mask)
     before = torch.where(previous >= 0, scores.prefix.gather(1, previous.clamp(min=0)), scores.prompt[:, None])

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from r3hf_ray.instruments.audit.answers import Credit, Scored
-from r3hf_ray.instruments.audit.scored_text import scored_text
 from r3hf_ray.instruments.credit.toy_credit import ENOUGH_RESPONSES, LAMBDAS, Requirement, ToyMeasures, ToyResponse
 from r3hf_ray.instruments.pages.coloured_answers import (
     TRUE_UNDERLINES,
@@ -30,6 +28,7 @@ from r3hf_ray.instruments.pages.parts import (
     area_chart,
     estimates,
 )
+from r3hf_ray.instruments.scored_answers import Credit, Scored, ScoreUnit, scored_text
 from r3hf_ray.methods import facts_of
 
 SHOWN = 6
@@ -111,9 +110,7 @@ def coloured_responses(
     responses: Sequence[ToyResponse],
     paid: Mapping[str, Credit],
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    mean: float,
-    std: float,
+    unit: ScoreUnit,
 ) -> list[ColouredAnswer]:
     """Responses from the best to the worst by known credit, coloured by each method and by the known credit."""
     golds = [float(response.gold.sum()) for response in responses]
@@ -122,11 +119,11 @@ def coloured_responses(
         scale = scale_of(credit[i] for credit in paid.values())
         gold, answer = responses[i].gold, scored[i]
         marks = [mark_of(credit) for credit in gold.tolist()]
-        text = scored_text(answer, tokenizer, mean=mean, std=std, marks=marks)
+        text = scored_text(answer, tokenizer, unit, marks=marks)
         methods = [colour_row(method, facts_of(method).note, paid[method][i], scale=scale) for method in in_order(paid)]
         facts = [
             ("gold", f"{golds[i]:+.2f}"),
-            ("score", f"{(answer.score - mean) / std:+.2f}"),
+            ("score", f"{unit.of(answer.score):+.2f}"),
             ("tokens", str(len(gold))),
             ending_of(answer.finished),
         ]

@@ -23,7 +23,7 @@ class Estimate:
     """Of cases, or of independent units that have a value."""
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]" if self.count else "–"
 
 
 def share(wins: float, count: int) -> Estimate:

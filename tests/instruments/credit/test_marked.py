@@ -8,7 +8,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from r3hf_ray.errors import DataError
-from r3hf_ray.instruments.audit.answers import Judge
 from r3hf_ray.instruments.credit.marked import (
     MarkedAnswer,
     Span,
@@ -32,6 +31,7 @@ from r3hf_ray.instruments.credit.marked_credit import (
     with_controls,
 )
 from r3hf_ray.instruments.pages.intervals import mean_interval
+from r3hf_ray.instruments.scored_answers import Judge
 
 PROMPT = [{"role": "user", "content": "Where?"}]
 

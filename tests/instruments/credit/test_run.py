@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from r3hf_ray.cli import main
-from r3hf_ray.instruments.audit.answers import Judge
 from r3hf_ray.instruments.credit.marked import load_marked, marked_characters, on_characters
+from r3hf_ray.instruments.scored_answers import Judge
 
 ATTACK = "</script><script>alert('gotcha')</script><img src=x onerror=alert(1)>&\u2028"
 ReadPage = Callable[[Path], Any]

@@ -10,7 +10,6 @@ import torch
 from transformers import LlamaForSequenceClassification
 
 from r3hf_ray.errors import ModelError
-from r3hf_ray.instruments.audit.answers import Answer, credit_by_method, load_judge, r3hf_credit, score_answers, unit
 from r3hf_ray.instruments.credit.toy_credit import (
     ENOUGH_RESPONSES,
     Agreement,
@@ -24,6 +23,14 @@ from r3hf_ray.instruments.credit.toy_credit import (
     with_controls,
 )
 from r3hf_ray.instruments.pages.intervals import Estimate
+from r3hf_ray.instruments.scored_answers import (
+    Answer,
+    credit_by_method,
+    load_judge,
+    r3hf_credit,
+    score_answers,
+    unit_of,
+)
 from r3hf_ray.instruments.toy.language import gold_credit, make_request, phrase_ids
 
 
@@ -32,16 +39,16 @@ def measured(toy_world: Path) -> tuple:
     judge = load_judge(str(toy_world / "reward"), attention=True)
     responses = toy_responses(judge, None, count=240, max_response_tokens=48, seed=0)
     scored = score_answers(judge, [response.answer for response in responses])
-    mean, std = unit(scored)
-    return judge, responses, scored, mean, std
+    unit = unit_of(scored)
+    return judge, responses, scored, unit
 
 
 def test_every_method_is_paid_and_sums_to_its_total(measured: tuple) -> None:
-    judge, _, scored, mean, std = measured
-    paid = credit_by_method(judge, scored, mean=mean, std=std)
+    judge, _, scored, unit = measured
+    paid = credit_by_method(judge, scored, unit)
     assert {"terminal", "r3hf", "uniform", "abc", "segment"} <= paid.keys()
-    totals = np.array([(s.score - mean) / std for s in scored])
-    gains = np.array([(s.score - s.prompt_score) / std for s in scored])
+    totals = np.array([unit.of(s.score) for s in scored])
+    gains = np.array([(s.score - s.prompt_score) / unit.std for s in scored])
     for method, expected in {
         "terminal": totals,
         "uniform": totals,
@@ -53,9 +60,9 @@ def test_every_method_is_paid_and_sums_to_its_total(measured: tuple) -> None:
 
 
 def test_attention_is_left_out_where_it_is_not_read(measured: tuple) -> None:
-    judge, _, scored, mean, std = measured
+    judge, _, scored, unit = measured
     blind = [replace(s, attention=None) for s in scored]
-    paid = credit_by_method(judge, blind, mean=mean, std=std)
+    paid = credit_by_method(judge, blind, unit)
     assert "abc" not in paid and "r3hf" in paid
 
 
@@ -73,29 +80,27 @@ def test_an_oracle_reward_model_gets_auc_1(measured: tuple, scored: Callable) ->
     """Prefix scores that are the sum of known credit so far: r3hf must recover the credit exactly."""
     judge, responses, *_ = measured
     perfect = [replace(scored(np.cumsum(response.gold).tolist()), answer=response.answer) for response in responses]
-    mean, std = unit(perfect)
-    paid = credit_by_method(judge, perfect, mean=mean, std=std)
+    unit = unit_of(perfect)
+    paid = credit_by_method(judge, perfect, unit)
     rows = {row.method: row for row in measure_methods(with_controls(paid, responses, seed=0), responses)}
     assert rows["r3hf"].token.auc.value == 1.0 and rows["r3hf"].phrase.auc.value == 1.0
     assert rows["uniform"].token.auc.value == 0.5  # every token the same, within a response
-    assert all(
-        bar.holds for bar in requirements(list(rows.values()), first_advantages(perfect, responses, mean=mean, std=std))
-    )
+    assert all(bar.holds for bar in requirements(list(rows.values()), first_advantages(perfect, responses, unit)))
 
 
 def test_first_advantages_obey_the_shaping_identity(measured: tuple) -> None:
-    _, responses, scored, mean, std = measured
-    found = first_advantages(scored, responses, mean=mean, std=std)
+    _, responses, scored, unit = measured
+    found = first_advantages(scored, responses, unit)
     for lam in (0.95, 1.0):
         assert found["terminal, V = RM"][lam] == pytest.approx(found["r3hf, V = 0"][lam], abs=1e-9)
     assert found["oracle, V = 0"][0.95] > 0.6 > found["oracle, V = 0"][0.95] - 0.4
 
 
 def test_a_random_reward_model_misses_its_bar_and_controls_keep_theirs(measured: tuple) -> None:
-    judge, responses, scored, mean, std = measured
-    paid = credit_by_method(judge, scored, mean=mean, std=std)
+    judge, responses, scored, unit = measured
+    paid = credit_by_method(judge, scored, unit)
     rows = measure_methods(with_controls(paid, responses, seed=0), responses)
-    bars = requirements(rows, first_advantages(scored, responses, mean=mean, std=std))
+    bars = requirements(rows, first_advantages(scored, responses, unit))
     assert len(bars) == 5
     missed = [bar.sentence for bar in bars if not bar.holds]
     assert any("phrase AUC of r3hf" in sentence for sentence in missed)
@@ -165,15 +170,15 @@ def test_credit_one_token_late_is_right_by_phrase(measured: tuple) -> None:
 
 
 def test_token_rewards_are_differences_of_prefix_scores(toy_world: Path, measured: tuple) -> None:
-    _, _, scored, mean, std = measured
+    _, _, scored, unit = measured
     model = LlamaForSequenceClassification.from_pretrained(toy_world / "reward").eval()
-    for one, reward in zip(scored[:7], r3hf_credit(scored[:7], mean=mean, std=std), strict=True):
+    for one, reward in zip(scored[:7], r3hf_credit(scored[:7], unit), strict=True):
         ids = one.answer.prompt_ids + one.answer.response_ids
         with torch.no_grad():
             states = model.model(input_ids=torch.tensor([ids])).last_hidden_state
             prefixes = model.score(states)[0, :, 0].double().numpy()
         first = len(one.answer.prompt_ids) - 1
-        assert reward * std == pytest.approx(np.diff(prefixes[first:]), abs=1e-5)
+        assert reward * unit.std == pytest.approx(np.diff(prefixes[first:]), abs=1e-5)
 
 
 def test_a_reward_model_and_a_policy_are_measured_from_their_folders(toy_world: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from r3hf_ray.errors import ConfigError
-from r3hf_ray.instruments.pages.writing import sparkline
 from r3hf_ray.instruments.report.figures import CHAPTERS, MAX_POINTS, series, thinned
 from r3hf_ray.instruments.report.report import write_report
 from r3hf_ray.instruments.report.sampled import MAX_DUMPS
@@ -227,10 +226,6 @@ def test_thinning_keeps_first_and_last():
     points = list(range(2501))
     assert thinned(points)[0] == 0 and thinned(points)[-1] == 2500 and len(thinned(points)) <= MAX_POINTS + 1
     assert thinned([]) == [] and thinned([7]) == [7] and thinned(list(range(1000))) == list(range(1000))
-
-
-def test_sparkline_spans_its_box():
-    assert sparkline([1.0, 3.0, 2.0]) == "2.0,22.0 60.0,2.0 118.0,12.0" and sparkline([5.0]) == "2.0,22.0"
 
 
 def test_verdict_and_tiles_tell_a_fall():

@@ -5,8 +5,9 @@ const POINTED = 32; // a line of fewer points shows each
 
 function lineTraces(series, i, chart) {
   if (series.stacked) return [{ type: "bar", x: series.x, y: series.y, name: series.label, marker: { color: colour(`--c${i % 7}`), line: { width: 0 } }, hovertemplate: "%{y:.3~g}" }];
-  const overBars = chart.series.some((other) => other.stacked), dotted = series.quiet || (overBars && i);
-  const hex = overBars ? colour(i ? "--quiet" : "--ink") : inkOf(series, i), band = !series.low.length ? [] : [{
+  const overBars = chart.series.some((other) => other.stacked), first = series === chart.series.find((other) => !other.stacked);
+  const dotted = series.quiet || (overBars && !first);
+  const hex = overBars ? colour(first ? "--ink" : "--quiet") : inkOf(series, i), band = !series.low.length ? [] : [{
     x: [...series.x, ...series.x.slice().reverse()], y: [...series.high, ...series.low.slice().reverse()], fill: "toself",
     fillcolor: faded(hex, 0.15), line: { width: 0 }, mode: "lines", hoverinfo: "skip", showlegend: false,
   }];

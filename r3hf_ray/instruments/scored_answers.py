@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence, Set
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from r3hf_ray.algorithms.batching import microbatches, pad_rows
 from r3hf_ray.algorithms.redistribution import FUNCTIONS, PrefixScores, redistribute, telescoping_error
 from r3hf_ray.algorithms.spans import sentence_ends
 from r3hf_ray.errors import ModelError
+from r3hf_ray.instruments.pages.coloured_answers import AnswerText, answer_text
 from r3hf_ray.methods import METHODS
 from r3hf_ray.models.chat import Chat, pooling_suffix
 from r3hf_ray.models.folder import ModelFolder, check_same_vocabulary, load_tokenizer
@@ -166,8 +168,23 @@ def reference_logprobs(judge: Judge, policy: str, answers: Sequence[Answer], *, 
     return [found[i] for i in range(len(answers))]
 
 
-def unit(scored: Sequence[Scored]) -> tuple[float, float]:
-    """Mean and standard deviation of the scores: zero and unit of all credit.
+@dataclass(frozen=True, slots=True)
+class ScoreUnit:
+    """Zero and unit of all credit.
+
+    Example: under ``ScoreUnit(mean=1.0, std=2.0)`` a score of 4 is 1.5 standard deviations above the mean.
+    """
+
+    mean: float
+    std: float
+
+    def of(self, score: float) -> float:
+        """A score in standard deviations about the mean."""
+        return (score - self.mean) / self.std
+
+
+def unit_of(scored: Sequence[Scored]) -> ScoreUnit:
+    """Mean and standard deviation of the scores.
 
     Raises:
         ModelError: all scores are the same, so the model tells nothing apart.
@@ -175,27 +192,25 @@ def unit(scored: Sequence[Scored]) -> tuple[float, float]:
     scores = np.array([s.score for s in scored])
     if not scores.std() > 0.0:
         raise ModelError(f"the reward model gives all {len(scores)} answers the same score {scores[0]:g}")
-    return float(scores.mean()), float(scores.std())
+    return ScoreUnit(float(scores.mean()), float(scores.std()))
 
 
-def standardised(scored: Sequence[Scored], *, mean: float, std: float) -> tuple[PrefixScores, Tensor]:
+def standardised(scored: Sequence[Scored], unit: ScoreUnit) -> tuple[PrefixScores, Tensor]:
     """All prefix scores as ``(score - mean) / std``, padded, with the mask of the responses; float64."""
     mask = torch.arange(max(len(s.prefix) for s in scored)) < torch.tensor([len(s.prefix) for s in scored])[:, None]
-    prefix = (pad_rows([s.prefix for s in scored], fill=0.0) - mean) / std
-    prompt, pooled = (
-        (torch.tensor([value(s) for s in scored], dtype=torch.float64) - mean) / std
-        for value in (lambda s: s.prompt_score, lambda s: s.score)
-    )
+    prefix = (pad_rows([s.prefix for s in scored], fill=0.0) - unit.mean) / unit.std
+    prompt = torch.tensor([unit.of(s.prompt_score) for s in scored], dtype=torch.float64)
+    pooled = torch.tensor([unit.of(s.score) for s in scored], dtype=torch.float64)
     return PrefixScores(prefix=prefix.masked_fill(~mask, 0.0), prompt=prompt, pooled=pooled), mask
 
 
-def credit_by_method(judge: Judge, scored: Sequence[Scored], *, mean: float, std: float) -> dict[str, Credit]:
+def credit_by_method(judge: Judge, scored: Sequence[Scored], unit: ScoreUnit) -> dict[str, Credit]:
     """What every method in `METHODS` pays each token, in standard deviations of the score; `segment` by sentence.
 
     A method that reads what is not at hand is left out: `abc` without attention, `segment` where no token of the
     tokenizer ends a sentence.
     """
-    scores, mask = standardised(scored, mean=mean, std=std)
+    scores, mask = standardised(scored, unit)
     at_hand = _attention(scored) | _span_ends(judge, scored, mask)
     paid: dict[str, Credit] = {}
     for mode, facts in METHODS.items():
@@ -206,9 +221,9 @@ def credit_by_method(judge: Judge, scored: Sequence[Scored], *, mean: float, std
     return paid
 
 
-def r3hf_credit(scored: Sequence[Scored], *, mean: float, std: float) -> Credit:
+def r3hf_credit(scored: Sequence[Scored], unit: ScoreUnit) -> Credit:
     """What `r3hf` pays each token, in standard deviations of the score."""
-    scores, mask = standardised(scored, mean=mean, std=std)
+    scores, mask = standardised(scored, unit)
     return unpadded(redistribute(scores, mask, mode="r3hf", beta_c=1.0, subtract_prompt_score=True), mask)
 
 
@@ -226,9 +241,9 @@ def _span_ends(judge: Judge, scored: Sequence[Scored], mask: Tensor) -> dict[str
     return {"span_ends": sentence_ends(ids, mask, end_ids=torch.tensor(ends))}
 
 
-def largest_telescoping_error(scored: Sequence[Scored], *, mean: float, std: float) -> float:
+def largest_telescoping_error(scored: Sequence[Scored], unit: ScoreUnit) -> float:
     """Largest relative gap between a response's `r3hf` rewards and R(x, y) - R(x, empty); about 1e-7 is rounding."""
-    scores, mask = standardised(scored, mean=mean, std=std)
+    scores, mask = standardised(scored, unit)
     rewards = redistribute(scores, mask, mode="r3hf", beta_c=1.0, subtract_prompt_score=True)
     gap = telescoping_error(rewards, scores, mask, mode="r3hf", beta_c=1.0, subtract_prompt_score=True)
     return float(gap.max())
@@ -239,9 +254,11 @@ def unpadded(values: Tensor, mask: Tensor) -> Credit:
     return [row[inside].double().numpy() for row, inside in zip(values, mask, strict=True)]
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """Each token as text, for people."""
-    return [str(tokenizer.decode([token])) for token in ids]
+def scored_text(scored: Scored, tokenizer: PreTrainedTokenizerBase, unit: ScoreUnit, **more: Any) -> AnswerText:
+    """The tokens of an answer and its curve of prefix scores, for a page; ``more`` goes to `answer_text`."""
+    ids, after = scored.answer.response_ids, [*scored.prefix[:-1], scored.score]
+    texts = [str(tokenizer.decode([token])) for token in ids]
+    return answer_text(texts, ids, [unit.of(score) for score in after], start=unit.of(scored.prompt_score), **more)
 
 
 def _device() -> torch.device:

@@ -1,12 +1,22 @@
 """The control that knows nothing."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from r3hf_ray.instruments.audit.answers import Answer, Judge, load_judge, score_answers, untrained
+from r3hf_ray.instruments.scored_answers import (
+    Answer,
+    Judge,
+    Scored,
+    ScoreUnit,
+    load_judge,
+    score_answers,
+    scored_text,
+    untrained,
+)
 from r3hf_ray.models.load import untrained_reward_model
 
 ANSWERS = [Answer([5, 9, 12], [20, 30, 40, 2]), Answer([5, 9], [50, 21, 22, 23, 24])]
@@ -50,3 +60,12 @@ def test_an_untrained_model_of_either_head_tells_answers_apart(byte_model: Path,
     AutoTokenizer.from_pretrained(byte_model).save_pretrained(tmp_path)
     first, second = score_answers(untrained(load_judge(str(tmp_path)), seed=0), ANSWERS)
     assert first.score != second.score
+
+
+def test_a_scored_text_ends_at_the_score_of_the_whole_answer(byte_judge: Judge, scored: Callable[..., Scored]) -> None:
+    """What template text behind the end token adds is part of the last token's step."""
+    unit = ScoreUnit(mean=1.0, std=2.0)
+    text = scored_text(
+        scored([1.0, 3.0, 4.0], score=7.0, prompt_score=-1.0), byte_judge.tokenizer, unit, title="chosen"
+    )
+    assert (text.start, text.curve, text.title) == (-1.0, [0.0, 1.0, 3.0], "chosen") and len(text.text) == 3

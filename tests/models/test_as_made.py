@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from r3hf_ray.instruments.audit.answers import Answer, load_judge, score_answers, untrained
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from r3hf_ray.errors import ModelError
+from r3hf_ray.instruments.scored_answers import Answer, load_judge, score_answers, untrained
 from r3hf_ray.models.folder import ModelFolder
 from r3hf_ray.models.load import hidden_states, load_policy, load_reward_model, score_head, untrained_reward_model
 from r3hf_ray.models.logprobs import token_logprobs, token_logprobs_and_entropy

@@ -67,7 +67,7 @@ class CorrectionAccuracy:
     """Over questions; a tie counts one half."""
 
 
-def with_controls(
+def with_marked_controls(
     paid: Mapping[str, Credit], texts: Sequence[Text], *, seed: int, more: Mapping[str, Credit]
 ) -> dict[str, Credit]:
     """The methods' credit, then noise, the place in the answer, and what else is at hand (see `CONTROLS`).
@@ -97,7 +97,7 @@ def shared(credit: Float64[np.ndarray, "T"]) -> Float64[np.ndarray, "T"]:
     return (np.bincount(span, weights=credit) / np.bincount(span))[span]
 
 
-def measure_methods(
+def measure_marked(
     original: Mapping[str, Credit],
     corrected: Mapping[str, Credit],
     answers: Sequence[MarkedAnswer],

@@ -7,16 +7,22 @@ from rich.console import Console
 
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.instruments.credit.marked import MarkedAnswer, Text, load_marked
-from r3hf_ray.instruments.credit.marked_credit import LOGPROB, UNTRAINED, blame, corrections_won, finding
-from r3hf_ray.instruments.credit.marked_credit import measure_methods as measure_marked
-from r3hf_ray.instruments.credit.marked_credit import with_controls as with_marked_controls
+from r3hf_ray.instruments.credit.marked_credit import (
+    LOGPROB,
+    UNTRAINED,
+    blame,
+    corrections_won,
+    finding,
+    measure_marked,
+    with_marked_controls,
+)
 from r3hf_ray.instruments.credit.marked_page import coloured_marked_answers, marked_page
 from r3hf_ray.instruments.credit.toy_credit import (
     first_advantages,
-    measure_methods,
+    measure_on_toy,
     requirements,
     toy_responses,
-    with_controls,
+    with_toy_controls,
 )
 from r3hf_ray.instruments.credit.toy_page import coloured_responses, toy_page
 from r3hf_ray.instruments.pages.parts import model_name
@@ -79,7 +85,7 @@ def _toy(
     scored = score_answers(judge, [response.answer for response in responses], console=console)
     unit = unit_of(scored)
     paid = credit_by_method(judge, scored, unit)
-    rows = measure_methods(with_controls(paid, responses, seed=seed), responses)
+    rows = measure_on_toy(with_toy_controls(paid, responses, seed=seed), responses)
     advantages = first_advantages(scored, responses, unit)
     bars = requirements(rows, advantages)
     coloured = coloured_responses(scored, responses, paid, judge.tokenizer, unit)

@@ -131,7 +131,7 @@ def toy_responses(
     ]
 
 
-def with_controls(paid: Mapping[str, Credit], responses: Sequence[ToyResponse], *, seed: int) -> dict[str, Credit]:
+def with_toy_controls(paid: Mapping[str, Credit], responses: Sequence[ToyResponse], *, seed: int) -> dict[str, Credit]:
     """The methods' credit and the controls: noise, the place in the response, and the known credit itself."""
     rng = np.random.default_rng(seed)
     lengths = [len(response.gold) for response in responses]
@@ -143,8 +143,8 @@ def with_controls(paid: Mapping[str, Credit], responses: Sequence[ToyResponse], 
     }
 
 
-def measure_methods(paid: Mapping[str, Credit], responses: Sequence[ToyResponse]) -> list[ToyMeasures]:
-    """The measures of every method (see `with_controls`)."""
+def measure_on_toy(paid: Mapping[str, Credit], responses: Sequence[ToyResponse]) -> list[ToyMeasures]:
+    """The measures of every method (see `with_toy_controls`)."""
     phrases = [response.phrases for response in responses]
     gold = [response.gold for response in responses]
     return [
@@ -177,7 +177,7 @@ def reward_model_agreement(reward_model: str, policy: str, *, count: int, seed: 
     responses = toy_responses(judge, policy, count=count, max_response_tokens=48, seed=seed)
     scored = score_answers(judge, [response.answer for response in responses])
     unit = unit_of(scored)
-    return measure_methods({"r3hf": r3hf_credit(scored, unit)}, responses)[0]
+    return measure_on_toy({"r3hf": r3hf_credit(scored, unit)}, responses)[0]
 
 
 def first_advantages(

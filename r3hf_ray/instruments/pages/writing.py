@@ -29,7 +29,7 @@ SPARK = (120, 24)
 def write_page(folder: Path, name: str, page: Page, numbers: Mapping[str, Any]) -> Path:
     """Write ``name.html``, ``name.md`` and ``name.json`` over what an earlier call left there; returns the first."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(plain(numbers), indent=2) + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(as_json(numbers), indent=2) + "\n", encoding="utf-8")
     (folder / f"{name}.md").write_text(markdown(page), encoding="utf-8")
     return write_html(folder / f"{name}.html", page, beside=f"{name}.json and {name}.md")
 
@@ -48,7 +48,7 @@ def write_html(path: Path, page: Page, *, beside: str = "") -> Path:
         beside=beside,
         written=_now(),
         spark=SPARK,
-        data=plain({"charts": page.charts, "answers": answers, "responses": responses}),
+        data=as_json({"charts": page.charts, "answers": answers, "responses": responses}),
         style=Markup((TEMPLATES / "page.css").read_text()),
         scripts=[Markup(plotly), Markup(script)],
         script_hashes=[_hash(script), _hash(plotly)],
@@ -81,14 +81,14 @@ def _markdown_cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Dataclasses as objects, numbers to five digits, what is not finite as null: JSON that any parser reads."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     return value

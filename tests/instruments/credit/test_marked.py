@@ -25,10 +25,10 @@ from r3hf_ray.instruments.credit.marked_credit import (
     blame,
     corrections_won,
     finding,
-    measure_methods,
+    measure_marked,
     per_question,
     shared,
-    with_controls,
+    with_marked_controls,
 )
 from r3hf_ray.instruments.pages.intervals import mean_interval
 from r3hf_ray.instruments.scored_answers import Judge
@@ -174,9 +174,9 @@ def test_perfect_and_reversed_credit(byte_judge: Judge) -> None:
         for t, m in zip(texts, answers, strict=True)
     ]
     flat = [np.zeros(len(t.offsets)) for t in fixed]
-    original = with_controls({"right": right, "wrong": [-c for c in right]}, texts, seed=0, more={})
-    corrected = with_controls({"right": flat, "wrong": flat}, fixed, seed=0, more={})
-    rows = {row.method: row for row in measure_methods(original, corrected, answers)}
+    original = with_marked_controls({"right": right, "wrong": [-c for c in right]}, texts, seed=0, more={})
+    corrected = with_marked_controls({"right": flat, "wrong": flat}, fixed, seed=0, more={})
+    rows = {row.method: row for row in measure_marked(original, corrected, answers)}
     assert rows["right"].auroc.value == 1.0 and rows["wrong"].auroc.value == 0.0
     assert rows["right"].by_kind["Wrong"].value == 1.0 and rows["right"].by_kind["Wrong"].count == 1
     assert rows["right"].marked_minus_unmarked.value < -1.5 and rows["wrong"].marked_minus_unmarked.value > 1.5
@@ -203,7 +203,7 @@ def test_an_answer_to_the_same_question_is_no_new_evidence(byte_judge: Judge) ->
     assert per_question([1.0, nan, nan], [one, elsewhere, one])[0] == 1.0
     assert np.isnan(per_question([1.0, nan, nan], [one, elsewhere, one])[1])
     credit = {"right": [np.array([1.0] * 5 + [-1.0] * 3 + [0.0])] * 40}
-    (row,) = measure_methods(credit, {"right": []}, [one] * 40)
+    (row,) = measure_marked(credit, {"right": []}, [one] * 40)
     assert row.areas == (1.0,) and row.auroc.count == 1
     verdict = finding([row, row_of("random", [0.5], control=True)])
     assert (verdict.good, verdict.status) == (False, "too few answers to say")

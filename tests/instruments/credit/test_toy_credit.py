@@ -16,11 +16,11 @@ from r3hf_ray.instruments.credit.toy_credit import (
     ToyMeasures,
     ToyResponse,
     first_advantages,
-    measure_methods,
+    measure_on_toy,
     requirements,
     reward_model_agreement,
     toy_responses,
-    with_controls,
+    with_toy_controls,
 )
 from r3hf_ray.instruments.pages.intervals import Estimate
 from r3hf_ray.instruments.scored_answers import (
@@ -69,7 +69,7 @@ def test_attention_is_left_out_where_it_is_not_read(measured: tuple) -> None:
 def test_oracle_is_exact_and_its_reverse_is_zero(measured: tuple) -> None:
     _, responses, *_ = measured
     golds = [response.gold for response in responses]
-    rows = {row.method: row for row in measure_methods({"oracle": golds, "reversed": [-g for g in golds]}, responses)}
+    rows = {row.method: row for row in measure_on_toy({"oracle": golds, "reversed": [-g for g in golds]}, responses)}
     assert rows["oracle"].phrase.auc.value == rows["oracle"].token.auc.value == 1.0
     assert rows["reversed"].phrase.auc.value == rows["reversed"].token.auc.value == 0.0
     assert rows["oracle"].phrase.pearson.value == pytest.approx(1.0)
@@ -82,7 +82,7 @@ def test_an_oracle_reward_model_gets_auc_1(measured: tuple, scored: Callable) ->
     perfect = [replace(scored(np.cumsum(response.gold).tolist()), answer=response.answer) for response in responses]
     unit = unit_of(perfect)
     paid = credit_by_method(judge, perfect, unit)
-    rows = {row.method: row for row in measure_methods(with_controls(paid, responses, seed=0), responses)}
+    rows = {row.method: row for row in measure_on_toy(with_toy_controls(paid, responses, seed=0), responses)}
     assert rows["r3hf"].token.auc.value == 1.0 and rows["r3hf"].phrase.auc.value == 1.0
     assert rows["uniform"].token.auc.value == 0.5  # every token the same, within a response
     assert all(bar.holds for bar in requirements(list(rows.values()), first_advantages(perfect, responses, unit)))
@@ -99,7 +99,7 @@ def test_first_advantages_obey_the_shaping_identity(measured: tuple) -> None:
 def test_a_random_reward_model_misses_its_bar_and_controls_keep_theirs(measured: tuple) -> None:
     judge, responses, scored, unit = measured
     paid = credit_by_method(judge, scored, unit)
-    rows = measure_methods(with_controls(paid, responses, seed=0), responses)
+    rows = measure_on_toy(with_toy_controls(paid, responses, seed=0), responses)
     bars = requirements(rows, first_advantages(scored, responses, unit))
     assert len(bars) == 5
     missed = [bar.sentence for bar in bars if not bar.holds]
@@ -148,7 +148,7 @@ def test_another_language_is_refused(tiny_models: object, byte_judge: object) ->
 
 def test_constant_credit_has_no_correlation(measured: tuple) -> None:
     _, responses, *_ = measured
-    (row,) = measure_methods({"flat": [np.zeros_like(r.gold) for r in responses]}, responses)
+    (row,) = measure_on_toy({"flat": [np.zeros_like(r.gold) for r in responses]}, responses)
     assert row.token.auc.value == 0.5 and math.isnan(row.token.pearson.value)
 
 
@@ -164,7 +164,7 @@ def test_credit_one_token_late_is_right_by_phrase(measured: tuple) -> None:
         phrases=np.array(phrase_ids(text)),
     )
     late = np.array([0, 0, 1, 0, -0.1, 0, 0, 1, 0, -0.1, 0.0])
-    (row,) = measure_methods({"late": [late]}, [response])
+    (row,) = measure_on_toy({"late": [late]}, [response])
     assert (row.token.auc.value, row.phrase.auc.value) == (0.5, 1.0)
     assert row.phrase.pearson.value == pytest.approx(1.0)
 

@@ -17,7 +17,7 @@ from r3hf_ray.instruments.pages.parts import (
     estimates,
     model_name,
 )
-from r3hf_ray.instruments.pages.writing import markdown, plain, sparkline, write_page
+from r3hf_ray.instruments.pages.writing import as_json, markdown, sparkline, write_page
 
 TABLE = Table(
     title="Runs",
@@ -82,7 +82,7 @@ def test_every_part_of_a_page_is_in_its_html(read_page: object, tmp_path: Path) 
 
 def test_json_is_what_any_parser_reads() -> None:
     estimate = Estimate(0.123456789, -math.inf, math.nan, 7)
-    assert plain({1: (estimate, "x", None, True)}) == {
+    assert as_json({1: (estimate, "x", None, True)}) == {
         "1": [{"value": 0.12346, "low": None, "high": None, "count": 7}, "x", None, True]
     }
 

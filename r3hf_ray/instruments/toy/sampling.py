@@ -34,7 +34,15 @@ def sample_responses(
     """One response at temperature 1 to each request, in order. Every toy prompt has 5 tokens, so nothing is padded."""
     model.eval()
     eos = tokenizer.eos_token_id
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_response_tokens}
+    sampling = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "max_new_tokens": max_response_tokens,
+        # Answers go to disk as text, where the name of a control token is text that this tokenizer has no token for.
+        "suppress_tokens": [tokenizer.bos_token_id, tokenizer.pad_token_id],
+    }
     samples: list[ToySample] = []
     with torch.random.fork_rng(devices=[]):  # generate draws from the global state, which is the caller's
         torch.manual_seed(seed)

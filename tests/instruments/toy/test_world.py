@@ -113,5 +113,16 @@ def test_samples_follow_the_policy(world: Path) -> None:
         (sampled,) = sample_responses(model, tokenizer, [read_request(text)], max_response_tokens=10, seed=0)
         ids = list(sampled.prompt_ids)
         while len(ids) < 15 and ids[-1] != tokenizer.eos_token_id:
-            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+            logits[[tokenizer.bos_token_id, tokenizer.pad_token_id]] = -math.inf
+            ids.append(int(logits.argmax()))
         assert ids[5:] == sampled.response_ids
+
+
+def test_samples_hold_no_control_token_but_the_end(world: Path) -> None:
+    """As text in a file they would be letters that the toy's tokenizer cannot read."""
+    model, tokenizer = load_base(world)
+    requests = [read_request("gardening no-slang politely")] * 100
+    samples = sample_responses(model, tokenizer, requests, max_response_tokens=48, seed=0)
+    ids = {token for sample in samples for token in sample.response_ids}
+    assert tokenizer.eos_token_id in ids and not ids & {tokenizer.bos_token_id, tokenizer.pad_token_id}

@@ -24,7 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is first imported, by the
 install_import_hook("r3hf_ray", "beartype.beartype")
 settings.register_profile("fast", deadline=None, max_examples=30)
 settings.load_profile("fast")
-pytest_plugins = ["made.byte_tokenizer", "made.cases", "made.foreign_tokenizers", "made.token_rows"]
+pytest_plugins = ["made.byte_tokenizer", "made.cases", "made.foreign_tokenizers", "made.token_rows", "made.whole_run"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

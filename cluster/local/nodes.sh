@@ -41,21 +41,32 @@ for _ in $(seq 120); do
     kill -0 "${nodes[0]}" 2>/dev/null || { cat "$folder"/node-*.log >&2; exit 1; }
     sleep 0.5
 done
-for number in $(seq "$workers"); do
-    start $((port + 100 * number)) --address="$RAY_ADDRESS" --num-cpus="$cpus"
-done
-
-# r3hf refuses a cluster that has less than the job asks for, so every node must have joined.
-python - $((workers + 1)) <<'EOF' || { tail -n 5 "$folder"/node-*.log >&2; exit 1; }
-import sys, time
+# 0 once so many nodes have joined; 3 if the last one's process ends before: Ray gives a node 30 s, which a busy machine
+# may not have.
+joined() { # joined WANTED PID
+    python - "$1" "$2" <<'EOF'
+import os, sys, time
 import ray
-wanted, until = int(sys.argv[1]), time.monotonic() + 120
+wanted, pid, until = int(sys.argv[1]), int(sys.argv[2]), time.monotonic() + 120
 ray.init(log_to_driver=False, logging_level="ERROR")
-while (joined := sum(node["Alive"] for node in ray.nodes())) < wanted:
+while (there := sum(node["Alive"] for node in ray.nodes())) < wanted:
+    if not os.path.exists(f"/proc/{pid}"):
+        sys.exit(3)
     if time.monotonic() > until:
-        sys.exit(f"nodes.sh: only {joined} of {wanted} nodes have joined")
+        sys.exit(f"nodes.sh: only {there} of {wanted} nodes have joined")
     time.sleep(0.2)
 EOF
+}
+for number in $(seq "$workers"); do
+    for try in 1 2 3; do
+        start $((port + 100 * number)) --address="$RAY_ADDRESS" --num-cpus="$cpus"
+        state=0
+        joined $((number + 1)) "${nodes[-1]}" || state=$?
+        [ "$state" -eq 3 ] && [ "$try" -lt 3 ] || break
+        unset 'nodes[-1]'
+    done
+    [ "$state" -eq 0 ] || { tail -n 5 "$folder"/node-*.log >&2; exit 1; }
+done
 
 if [ $# -gt 0 ]; then
     "$@"

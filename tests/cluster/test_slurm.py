@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
 
+import psutil
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "cluster" / "slurm" / "r3hf.sbatch"
@@ -118,11 +119,17 @@ def batch(folder: Path, *arguments: str) -> Iterator[Batch]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     )
     try:
         yield Batch(folder, process)
     finally:
-        for pid in [process.pid, *(int(path.read_text()) for path in folder.glob("*.pid"))]:
+        children = psutil.Process(process.pid).children(recursive=True) if _runs(process.pid) else []
+        for pid in [
+            process.pid,
+            *(child.pid for child in children),
+            *(int(path.read_text()) for path in folder.glob("*.pid")),
+        ]:
             if _runs(pid):
                 os.kill(pid, signal.SIGKILL)
         process.wait(PATIENCE)

@@ -1,3 +1,5 @@
+"""The folder of a finished run, with every metric, for what reads one."""
+
 import math
 
 import pytest

@@ -1,5 +1,6 @@
 # make quickstart   set up .venv once, then SFT -> reward model -> PPO on the toy world, ending with a report
-# make test         set up .venv once, then all tests
+# make test         set up .venv once, then all tests but those on hosts
+# make test-hosts   tests on several hosts made on this machine (root; Debian's iproute2 and iptables)
 #
 # PYTHON=...        a Python 3.11 or 3.12 (the lock is made for 3.11)
 # TORCH_INDEX=...   package index with torch's CPU wheels, used where pip's own indexes have none
@@ -11,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test lint format bench clean
+.PHONY: help setup quickstart test test-hosts lint format bench clean
 
 SUPPORTED := import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
@@ -49,6 +50,9 @@ quickstart: setup
 
 test: setup
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-hosts: setup
+	@$(BIN)/python -m pytest -m hosts tests/hosts $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

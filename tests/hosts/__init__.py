@@ -1,0 +1,1 @@
+"""Hosts, and what happens to a run when something happens to them."""

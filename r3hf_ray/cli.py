@@ -1,4 +1,6 @@
-"""`r3hf`: the commands. Exit code 0: done; 1: a run failed; 2: settings, data or a model unusable; 130: stopped."""
+"""`r3hf`: the commands. Exit code 0: done; 1: a run failed; 2: settings, data or a model unusable; 130: stopped
+(143: by SIGTERM).
+"""
 
 import logging
 import os
@@ -11,7 +13,7 @@ from rich.console import Console
 
 from r3hf_ray import __version__
 from r3hf_ray.config import PPOConfig, RewardConfig, SFTConfig
-from r3hf_ray.errors import ConfigError, RunFailed
+from r3hf_ray.errors import ConfigError, RunFailed, Terminated
 from r3hf_ray.flags import (
     AuditFlags,
     CompareFlags,
@@ -22,6 +24,7 @@ from r3hf_ray.flags import (
     QuickstartFlags,
     ReplayFlags,
     ReportFlags,
+    VerifyFlags,
 )
 from r3hf_ray.help_pages import command_page, fields_page, overview
 from r3hf_ray.instruments.compare.settings import CompareConfig
@@ -39,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         errors.print(f"[red]error:[/red] {_plain(error)}")
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         entry = COMMANDS.get(words[0])
         errors.print(f"stopped; {entry.after_stop if entry else 'start the command again'}")
-        return 130
+        return 143 if isinstance(stop, Terminated) else 130
     except RunFailed as error:
         errors.print(f"[red]failed:[/red] {_plain(error)}")
         return 1
@@ -115,6 +118,16 @@ def _report(options: ReportFlags, console: Console) -> int:
     return 0
 
 
+def _verify(options: VerifyFlags, console: Console) -> int:
+    from r3hf_ray.instruments.verify import verify
+
+    proofs = verify(options.folder)
+    for proof in proofs:
+        mark = {True: "[green]proven[/green]    ", None: "not proven", False: "[red]WRONG[/red]     "}[proof.holds]
+        console.print(f"{mark}  {proof.claim}: {_plain(proof.found)}")
+    return int(any(proof.holds is False for proof in proofs))
+
+
 def _fetch_smollm2(options: FetchSmolLM2Flags, console: Console) -> int:
     from r3hf_ray.models.finished import what_is_missing
     from r3hf_ray.models.smollm2 import fetch_smollm2
@@ -183,6 +196,7 @@ COMMANDS: dict[str, Entry] = {
     ),
     "ppo": Entry("train", JobFlags, PPOConfig, "r3hf ppo jobs/hh_rlhf.toml --ppo.steps 200 --resume", _ppo, _GOES_ON),
     "report": Entry("look", ReportFlags, None, "r3hf report runs/hh_rlhf", _report),
+    "verify": Entry("look", VerifyFlags, None, "r3hf verify runs/hh_rlhf", _verify),
     "audit": Entry(
         "look",
         AuditFlags,
@@ -210,7 +224,7 @@ COMMANDS: dict[str, Entry] = {
 }
 
 
-def _plain(error: Exception) -> str:
+def _plain(error: Exception | str) -> str:
     return str(error).replace("[", r"\[")
 
 

@@ -5,6 +5,7 @@ The learner group runs in a thread (`TorchTrainer.fit()` blocks). Only this proc
 """
 
 import os
+import platform
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,19 +14,22 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError
+from ray.autoscaler.sdk import request_resources
+from ray.exceptions import RayActorError, RayError
 from rich.console import Console
 from rich.table import Table
 
-from r3hf_ray.actors.coordinator import Coordinator, Snapshot
+from r3hf_ray.actors.coordinator import Coordinator
 from r3hf_ray.actors.fleet import TrainGroup, named_actor, reward_actors, rollout_actors
 from r3hf_ray.actors.learner import LearnerSettings, learner_group
+from r3hf_ray.actors.shares import Snapshot
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.counts_and_warnings import arithmetic
-from r3hf_ray.errors import RunFailed, sentence_of
+from r3hf_ray.errors import CoordinatorLost, RunFailed, sentence_of
 from r3hf_ray.models.finished import require_finished
-from r3hf_ray.preflight import Plan, check, check_resources
+from r3hf_ray.preflight import Plan, bundles, check, check_resources, shortage
 from r3hf_ray.records.jsonl import JsonlLog
+from r3hf_ray.records.ledger import write_ledger
 from r3hf_ray.records.metrics import STEP, read_metrics
 from r3hf_ray.records.progress import Progress
 from r3hf_ray.records.provenance import redacted, versions
@@ -36,6 +40,8 @@ from r3hf_ray.session import ray_session
 from r3hf_ray.weights.object_ref import WeightStore
 
 POLL_SECONDS = 0.25
+SHOWN = ("restart", "failure", "joined", "away", "recovered", "quarantined", "checkpoint", "warning")
+"""Events that are told in the terminal too."""
 STOP_SECONDS = 10.0
 """How long a failed run waits for its learner ranks to leave by themselves. [s]"""
 
@@ -64,12 +70,54 @@ def run_ppo(config: PPOConfig, *, resume: bool, console: Console) -> RunResult:
         check_resources(config, {"CPU": config.run.cpus, "GPU": torch.cuda.device_count()})
     check_run(config, config.run, resume=resume, may_change=PPO_MAY_CHANGE)
     with ray_session(config.run.cpus):
-        check_resources(config, ray.cluster_resources())
-        folder, attempt = open_run(config, config.run, resume=resume)
-        _print_plan(console, config, plan)
-        with _Follower(config, plan, folder, console, attempt=attempt) as follower:
-            follower.follow()
+        if "RAY_ADDRESS" in os.environ:
+            wait_for_nodes(config, console)
+        else:
+            check_resources(config, ray.cluster_resources())
+        folder = _follow(config, plan, console, resume=resume)
     return RunResult(folder=folder, rows=read_metrics(folder), seconds=time.monotonic() - start)
+
+
+def _follow(config: PPOConfig, plan: Plan, console: Console, *, resume: bool) -> Path:
+    """Follow a run to its end, built anew from its last checkpoint where its coordinator or its weights are lost."""
+    lost = 0
+    while True:
+        folder, attempt = open_run(config, config.run, resume=resume or lost > 0)
+        if not lost:
+            _print_plan(console, config, plan)
+        try:
+            with _Follower(config, plan, folder, console, attempt=attempt) as follower:
+                follower.follow()
+            return folder
+        except CoordinatorLost as error:
+            lost += 1
+            if lost > config.run.max_restarts or follower.learner_runs:
+                raise
+            console.print(f"{error}; building everything anew, {lost} of {config.run.max_restarts} (run.max_restarts)")
+
+
+def wait_for_nodes(config: PPOConfig, console: Console) -> None:
+    """Wait until the cluster can hold the learner group, one sampler and one reward actor, and say what is missing.
+
+    All that the run asks for is told to an autoscaler at once.
+
+    Raises:
+        RunFailed: it does not within `run.wait_for_nodes`.
+    """
+    least = config.model_copy(
+        update={name: dict(config)[name].model_copy(update={"actors": 1}) for name in ("rollout", "reward")}
+    )
+    deadline = time.monotonic() + config.run.wait_for_nodes
+    request_resources(bundles=bundles(config))
+    said = ""
+    while missing := shortage(least, ray.cluster_resources()):
+        if time.monotonic() > deadline:
+            raise RunFailed(f"{missing}, and no node came within run.wait_for_nodes ({config.run.wait_for_nodes:g} s)")
+        if missing != said:
+            console.print(f"waiting for nodes (at most {config.run.wait_for_nodes:g} s): {missing}")
+            said = missing
+        time.sleep(1.0)
+    request_resources(bundles=[])  # from here on pending actors are the demand
 
 
 @dataclass(slots=True)
@@ -81,6 +129,7 @@ class _Actors:
     workers: dict[str, Any]
     """Rollout and reward actors by name."""
     learner: TrainGroup
+    store_answer: Any
     starting: dict[Any, str] = field(default_factory=dict)
     """Ref of a ping -> the actor's name, until it has answered."""
 
@@ -95,6 +144,8 @@ class _Follower:
         self._rows_seen = self._events_seen = 0
         self._latest: dict[str, float] = {}
         self._tables = set(sample_steps(folder))
+        self.learner_runs = False
+        """Whether ranks were still running when all was stopped: another group must not begin beside them."""
 
     def __enter__(self) -> "_Follower":
         config, folder = self._config, self._folder
@@ -126,10 +177,11 @@ class _Follower:
                 while actors.learner.is_alive():
                     actors.learner.join(POLL_SECONDS)
                     self._watch_start(actors)
+                    self._watch_store(actors)
                     self._take(self._poll(actors))
                 self._finish(actors)
             except RayError as error:
-                raise RunFailed(f"the coordinator is gone: {sentence_of(error)}") from error
+                raise CoordinatorLost(f"the coordinator or the weight store is gone: {sentence_of(error)}") from error
             finally:
                 self._stop(actors)
 
@@ -138,6 +190,8 @@ class _Follower:
         rollouts = rollout_actors(config.rollout, plan.engine, namespace=space)
         rewards = reward_actors(plan.scoring, namespace=space, overlap=config.rollout.max_lag > 0)
         store = named_actor(WeightStore, "weight_store", namespace=space)
+        token = f"{space}.{platform.node()}"
+        (self._folder / token).touch()  # seen by a rank that shares the folder
         data = {"prompts": plan.prompts, "heldout": plan.heldout, "attempt": self._attempt}
         coordinator = named_actor(Coordinator, "coordinator", config, rollouts, rewards, namespace=space, **data)
         learner = learner_group(
@@ -147,12 +201,13 @@ class _Follower:
                 namespace=space,
                 probe_ids=plan.probe_ids,
                 write_samples=write_samples,
+                token=token,
             )
         )
         learner.start()
         workers = rollouts | rewards
         starting = {actor.ping.remote(): name for name, actor in workers.items()}
-        return _Actors(coordinator, store, workers, learner, starting)
+        return _Actors(coordinator, store, workers, learner, store.ping.remote(), starting)
 
     def _watch_start(self, actors: _Actors) -> None:
         """Say what has not come up yet, and end the run if it never will."""
@@ -163,8 +218,16 @@ class _Follower:
             name = actors.starting.pop(ref)
             try:
                 ray.get(ref)
-            except RayError as error:
-                raise RunFailed(f"{name} could not start: {sentence_of(error)}") from error
+            except RayActorError as error:
+                if error.actor_init_failed:
+                    raise RunFailed(f"{name} could not start: {sentence_of(error)}") from error
+                actors.starting[actors.workers[name].ping.remote()] = name  # its node is gone: Ray starts it elsewhere
+
+    def _watch_store(self, actors: _Actors) -> None:
+        """Raise Ray's own error if the weight store is gone; a rank would find it out only when it publishes."""
+        if ray.wait([actors.store_answer], timeout=0)[0]:
+            ray.get(actors.store_answer)
+            actors.store_answer = actors.store.ping.remote()
 
     def _poll(self, actors: _Actors) -> Snapshot:
         snapshot: Snapshot = ray.get(actors.coordinator.poll.remote(self._rows_seen, self._events_seen))
@@ -178,8 +241,10 @@ class _Follower:
         """Write and show what is new; raise if the run has failed."""
         for event in snapshot.events:
             self._events.write(event)
-            if event["event"] in ("restart", "failure", "recovered", "quarantined", "checkpoint", "warning"):
+            if event["event"] in SHOWN:
                 self._progress.note("  ".join(f"{key}: {value}" for key, value in event.items() if key != "time"))
+        for ledger, loads in snapshot.ledgers:
+            write_ledger(self._folder, ledger, loads)
         for row in snapshot.rows:
             plain = self._metrics.write(row)
             self._wandb.log(plain)
@@ -226,6 +291,7 @@ class _Follower:
             with suppress(RunFailed, RayError):  # ranks hear of it where they wait for a batch
                 ray.get(actors.coordinator.fail.remote("the driver has stopped"), timeout=STOP_SECONDS)
             actors.learner.join(STOP_SECONDS)
+        self.learner_runs = actors.learner.is_alive()
         for actor in (*actors.workers.values(), actors.coordinator, actors.store):
             ray.kill(actor)
 

@@ -27,6 +27,10 @@ class RunFailed(RuntimeError):
     """What had begun cannot go on; what was done stays on disk, and the command exits with code 1."""
 
 
+class CoordinatorLost(RunFailed):
+    """The coordinator or the weight store is gone; the driver can build everything anew from the last checkpoint."""
+
+
 class DivergenceError(RunFailed):
     """A loss or gradient is not finite. The weights are still those before the step; the sentence names the capsule."""
 
@@ -37,6 +41,10 @@ class TelescopingError(RunFailed):
 
 class CheckpointError(RunFailed):
     """A checkpoint that is incomplete, of other models, or in the way."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a cluster or `ray job stop` ends the command; as Ctrl-C, with exit code 143."""
 
 
 def sentence_of(error: BaseException) -> str:

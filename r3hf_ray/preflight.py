@@ -136,27 +136,37 @@ def probe_sequence(prompts: list[np.ndarray], length: int) -> list[int]:
 
 
 def check_resources(config: PPOConfig, available: dict[str, float]) -> None:
-    """Refuse what the cluster can never place, instead of waiting for it without a word.
+    """Refuse what this machine can never place, instead of waiting for it without a word.
 
     Raises:
         ConfigError: it names what is asked for and what there is.
     """
+    if missing := shortage(config, available):
+        raise ConfigError(
+            f"{missing}: lower cpus_per_actor, cpus_per_rank (gpus_per_actor, gpus_per_rank) or the counts"
+        )
+
+
+def bundles(config: PPOConfig) -> list[dict[str, float]]:
+    """What each process of the run asks of Ray."""
     rollout, reward, learner = config.rollout, config.reward, config.learner
-    asked = {
-        "CPU": rollout.actors * rollout.cpus_per_actor
-        + reward.actors * reward.cpus_per_actor
-        + learner.ranks * learner.cpus_per_rank,
-        "GPU": rollout.actors * rollout.gpus_per_actor
-        + reward.actors * reward.gpus_per_actor
-        + learner.ranks * learner.gpus_per_rank,
-    }
-    for kind, amount in asked.items():
-        if amount > available.get(kind, 0.0) + MARGIN:
-            raise ConfigError(
+    asked = [(rollout.cpus_per_actor, rollout.gpus_per_actor)] * rollout.actors
+    asked += [(reward.cpus_per_actor, reward.gpus_per_actor)] * reward.actors
+    asked += [(learner.cpus_per_rank, learner.gpus_per_rank)] * learner.ranks
+    return [{"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus} for cpus, gpus in asked]
+
+
+def shortage(config: PPOConfig, available: dict[str, float]) -> str:
+    """What the run asks for beyond what there is, as a sentence; empty where all of it is there."""
+    rollout, reward, learner = config.rollout, config.reward, config.learner
+    for kind in ("CPU", "GPU"):
+        amount, there = sum(bundle.get(kind, 0.0) for bundle in bundles(config)), available.get(kind, 0.0)
+        if amount > there + MARGIN:
+            return (
                 f"the run asks for {amount:g} {kind}s (rollout {rollout.actors} actors, reward {reward.actors} actors, "
-                f"learner {learner.ranks} ranks) and the cluster has {available.get(kind, 0.0):g}: lower "
-                f"{kind.lower()}s_per_actor, {kind.lower()}s_per_rank or the counts, or add nodes"
+                f"learner {learner.ranks} ranks) and the cluster has {there:g}"
             )
+    return ""
 
 
 def _check_reward_model(source: str) -> None:

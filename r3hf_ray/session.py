@@ -1,7 +1,9 @@
 """The Ray instance of a command: joined, or started for it and ended with it (floor 4)."""
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import AuthenticationError
 
-from r3hf_ray.errors import ConfigError, RunFailed, sentence_of
+from r3hf_ray.errors import ConfigError, RunFailed, Terminated, sentence_of
 
 REACH_SECONDS = 10.0
 """How long a cluster may take to accept a connection. [s]"""
@@ -42,10 +44,24 @@ def ray_session(cpus: float | None) -> Iterator[None]:
         raise RunFailed(
             f"Ray did not start: {sentence_of(error)}; is the machine overloaded, or its disk or memory full?"
         ) from error
+    previous = _on_sigterm()  # after Ray's start, which installs a handler of its own
     try:
         yield
     finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
         ray.shutdown()
+
+
+def _on_sigterm() -> Any:
+    """Let SIGTERM end the command as Ctrl-C does; returns the handler before, None outside the main thread."""
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, end)
 
 
 def require_answer(address: str) -> None:

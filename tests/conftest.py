@@ -50,6 +50,11 @@ def local_ray() -> None:
         _RAY.enter_context(ray_session(4.0))
 
 
+def pytest_sessionfinish() -> None:
+    """Before the interpreter takes the modules away that an end needs."""
+    _RAY.close()
+
+
 @pytest.fixture
 def no_ray() -> None:
     """For tests of what happens before Ray is there."""

@@ -11,8 +11,8 @@ import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from rich.console import Console
 
-from r3hf_ray.actors.coordinator import Snapshot
 from r3hf_ray.actors.fleet import TrainGroup
+from r3hf_ray.actors.shares import Snapshot
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.data.loading import Report
 from r3hf_ray.driver import _Actors, _Follower
@@ -83,7 +83,7 @@ def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
         snapshots = iter(failed)
 
         def poll(rows_seen: int, events_seen: int) -> Snapshot:
-            return Snapshot(rows=[], events=[], doing={}, failed=next(snapshots))
+            return Snapshot(rows=[], events=[], doing={}, failed=next(snapshots), ledgers=[])
 
         def get(answer: Any) -> Any:
             if isinstance(answer, BaseException):
@@ -95,7 +95,7 @@ def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
         learner = TrainGroup(fit)
         learner.start()
         learner.join(10.0)
-        actors = _Actors(coordinator, None, {}, learner)
+        actors = _Actors(coordinator, SimpleNamespace(ping=SimpleNamespace(remote=lambda: None)), {}, learner, None)
         monkeypatch.setattr(_Follower, "_start", lambda follower: actors)
         with _Follower(config, plan, tmp_path, Console(quiet=True), attempt=0) as follower:
             follower.follow()

@@ -25,7 +25,7 @@ LAYERS = {
 """Floor of each room, and of a file that stands on another floor than its room."""
 ORDER = [
     "session", "records", "counts_and_warnings", "preflight", "prepare", "driver",
-    "instruments/pages", "instruments/report", "instruments/toy", "instruments/scored_answers",
+    "instruments/pages", "instruments/report", "instruments/verify", "instruments/toy", "instruments/scored_answers",
     "instruments/audit", "instruments/credit",
     "instruments/compare", "instruments/quickstart",
     "flags", "help_pages", "cli", "__main__",
@@ -48,7 +48,7 @@ THIRD_PARTY = [
         "rich",
         "xxhash",
     },
-    {"ray", "vllm"},
+    {"ray", "vllm", "psutil"},
 ]
 """What a layer adds to those below it; from floor 4 up everything may be imported."""
 TRL_FILES = {"training/sft.py", "training/reward_model.py"}

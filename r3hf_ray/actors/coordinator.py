@@ -9,7 +9,6 @@ It holds refs, ids and lengths; it never touches a tensor and does not import to
 | who                | waits for                                 | is released by                                     |
 |--------------------|-------------------------------------------|----------------------------------------------------|
 | the loop (`_run`)  | a slot, one for each chunk                | `publish`: the next weights are queued             |
-| a reward actor     | its chunk's trajectories (a ref)          | the rollout actor that returns them                |
 | a learner rank     | all samples of its step (`next_share`)    | the last chunk of the step, scored or quarantined  |
 | a rollout actor    | its mailbox, in the order of submission   | nobody else submits to it, so that order is a lock |
 
@@ -20,7 +19,7 @@ synchronous PPO. With max_lag = L a sample is at most L versions behind the step
 import asyncio
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,13 @@ from ray.exceptions import RayError
 
 from r3hf_ray.actors.dispatch import Dispatch, Tally
 from r3hf_ray.actors.fleet import Fleet, Member
+from r3hf_ray.actors.ledger import Ledger, StepLedger
 from r3hf_ray.actors.outcome import Outcome, Timeline
 from r3hf_ray.actors.shares import (
     FillingBatch,
     MetricsRow,
     RankShare,
+    Snapshot,
     calibration_of,
     evaluation_metrics,
     unlike_units,
@@ -42,17 +43,6 @@ from r3hf_ray.draws import split_evenly, step_requests, stream_requests
 from r3hf_ray.errors import RunFailed, sentence_of
 from r3hf_ray.types import Request, TrajectoryInfo
 from r3hf_ray.weights.contract import Publication, TransferStep
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """What the driver shows and writes; scalars and words."""
-
-    rows: list[MetricsRow]
-    events: list[dict[str, Any]]
-    doing: dict[str, str]
-    """What each kind of actor does now."""
-    failed: str | None
 
 
 class Coordinator:
@@ -89,8 +79,12 @@ class Coordinator:
             max_gap=config.weights.max_logprob_gap or (1e-3 if config.rollout.dtype == "float32" else 0.05),
             timeline=self._timeline,
             outcome=self._outcome,
+            patience=config.run.patience,
         )
-        self._dispatch = Dispatch(self._fleet, config.rollout.max_attempts)
+        self._ledger = Ledger()
+        self._dispatch = Dispatch(self._fleet, config.rollout.max_attempts, self._ledger)
+        self._closed: list[tuple[StepLedger, list[dict[str, Any]]]] = []
+        self._trained: dict[int, list[tuple[int, int]]] = {}
         self._first_attempt, self._attempt = attempt, attempt - 1
         self._tasks: set[asyncio.Task[Any]] = set()
         self._steps: dict[int, FillingBatch] = {}
@@ -100,6 +94,7 @@ class Coordinator:
         self._calibrated, self._published = asyncio.Event(), asyncio.Event()
         self._slots = asyncio.Semaphore(0)
         self._first_version = 0
+        self._lost_at, self._losses, self._why_lost = -1, 0, ""
 
     # ------------------------------------------------------------------ the learner's side
 
@@ -109,12 +104,19 @@ class Coordinator:
         for task in list(self._tasks):
             task.cancel()
         # A rank may die after its step was checkpointed and before the samplers confirmed: that step is not done again.
-        self._rows += [row for done, row in self._unconfirmed.items() if done <= step]
+        for done, row in self._unconfirmed.items():
+            if done <= step:
+                self._close(done)
+                self._rows.append(row)
         self._reset(step)
         self._attempt += 1
-        kind = "started" if self._attempt == self._first_attempt else "restart"
-        self._timeline.add(kind, step=step, attempt=self._attempt)
+        if self._attempt == self._first_attempt:
+            self._timeline.add("started", step=step, attempt=self._attempt)
+        else:
+            self._timeline.add("restart", step=step, attempt=self._attempt, reason=self._why_lost)
         self._timeline.now("learner", f"started at step {step}")
+        if not self._fleet.watches:
+            await self._fleet.enlist()
         self._spawn(self._run(step))
 
     async def publish(self, publication: Publication) -> None:
@@ -170,7 +172,25 @@ class Coordinator:
         self._unconfirmed[step] = row
         loaded = await self._confirmed[step]
         if self._unconfirmed.pop(step, None) is row:
+            self._close(step)
             self._rows.append(row | loaded)
+
+    async def group_lost(self, reason: str) -> str:
+        """A learner group has died; why it is not to be started again, empty where it is.
+
+        Only losses without a step between them count: a long run on machines that can be taken away loses many.
+        """
+        done = -1 if self._fleet.latest is None else self._fleet.latest.version
+        self._losses = self._losses + 1 if done <= self._lost_at else 1
+        self._lost_at, self._why_lost = max(done, self._lost_at), reason
+        self._timeline.add("failure", actor="learner", reason=reason)
+        if self._losses > (allowed := self._config.learner.max_failures):
+            with suppress(RunFailed):
+                self._outcome.fail(
+                    f"the learner group was lost {self._losses} times without a step between, and "
+                    f"learner.max_failures allows {allowed}: {reason}"
+                )
+        return self._outcome.sentence or ""
 
     async def event(self, kind: str, **fields: Any) -> None:
         """Record something the driver should write and show."""
@@ -184,12 +204,18 @@ class Coordinator:
 
     async def poll(self, rows_seen: int, events_seen: int) -> Snapshot:
         """Everything since the last poll."""
+        ledgers, self._closed = self._closed, []
         return Snapshot(
+            ledgers=ledgers,
             rows=self._rows[rows_seen:],
             events=self._timeline.events[events_seen:],
             doing=self._timeline.doing(),
             failed=self._outcome.sentence,
         )
+
+    async def pending(self) -> dict[int, list[tuple[int, int]]]:
+        """(prompt_id, sample) of what is not yet trained on, by step: for a checkpoint."""
+        return self._ledger.pending()
 
     async def finish(self) -> None:
         """Wait for what is still under way after the last step: the last load and the last evaluation."""
@@ -214,19 +240,19 @@ class Coordinator:
     async def _fill(self, step: int, number: int, requests: list[Request]) -> None:
         """Generate and score one chunk, whatever it takes, and add it to the batch of its step."""
         batch = self._step(step)
-        async for sample in self._dispatch.scored(batch.tally, number, requests, f"step {step + 1}"):
+        async for sample in self._dispatch.scored(batch.tally, number, requests, f"step {step + 1}", step + 1):
             batch.samples.append(sample)
         batch.resolved += len(requests)
         if batch.resolved < batch.expected:
             return
         work = self._config.ppo.minibatches * self._config.learner.ranks  # fewer would leave a rank without any
-        needed = max((batch.expected + 1) // 2, work)
-        if len(batch.samples) < needed:
+        if len(batch.samples) < (needed := max((batch.expected + 1) // 2, work)):
             self._outcome.fail(
                 f"{batch.tally.quarantined} of {batch.expected} samples of step {step + 1} failed "
                 f"{self._config.rollout.max_attempts} times and {needed} are needed; {self._last_quarantine()}"
             )
         batch.samples.sort(key=lambda sample: (sample.info.prompt_id, sample.info.sample))
+        self._trained[step + 1] = [(sample.info.prompt_id, sample.info.sample) for sample in batch.samples]
         batch.full.set()
         self._timeline.now("rollout", f"waiting for weights version {step + 1 - self._config.rollout.max_lag}")
         self._timeline.now("reward", "idle")
@@ -236,7 +262,7 @@ class Coordinator:
     async def _calibrate(self) -> None:
         await self._outcome.or_failure(self._published.wait())
         count = self._config.reward.calibration_samples
-        infos = await self._judge(self._requests("calibration", self._prompts, count), "calibration")
+        infos = await self._judge("calibration", self._prompts, count, "calibration")
         if len(infos) < 2:
             self._outcome.fail(f"calibration scored fewer than 2 responses; {self._last_quarantine()}")
         try:
@@ -258,17 +284,14 @@ class Coordinator:
 
     async def _evaluate(self, version: int) -> None:
         count = min(self._config.evaluation.prompts, len(self._heldout))
-        infos = await self._judge(self._requests("heldout", self._heldout, count), f"evaluation of version {version}")
+        infos = await self._judge("heldout", self._heldout, count, f"evaluation of version {version}")
         if infos:
             row = {"train/global_step": version, "attempt": self._attempt, "time": time.time()}
             self._rows.append(row | evaluation_metrics(infos))
 
-    def _requests(self, stream: str, prompts: list[np.ndarray], count: int) -> list[Request]:
-        return stream_requests(prompts, count, seed=self._config.run.seed, stream=stream)
-
-    async def _judge(self, requests: list[Request], label: str) -> list[TrajectoryInfo]:
+    async def _judge(self, stream: str, prompts: list[np.ndarray], count: int, label: str) -> list[TrajectoryInfo]:
         """Generate and score outside the training stream; failures are retried and quarantined there too."""
-        tally = Tally()
+        requests, tally = stream_requests(prompts, count, seed=self._config.run.seed, stream=stream), Tally()
 
         async def part(number: int, chunk: list[Request]) -> list[TrajectoryInfo]:
             return [sample.info async for sample in self._dispatch.scored(tally, number, chunk, label)]
@@ -296,9 +319,15 @@ class Coordinator:
             "rollout/workers": len(answers),
         }
 
-    # ------------------------------------------------------------------ small things
+    def _close(self, step: int) -> None:
+        """The step is taken and its weights are out: its ledger goes to the driver."""
+        facts = {"attempt": self._attempt, "began_at": self._first_version}
+        loads, self._fleet.loads = self._fleet.loads, []
+        self._closed.append((self._ledger.close(step, self._trained.pop(step), **facts), loads))
 
     def _reset(self, step: int) -> None:
+        self._ledger.drop()
+        self._trained = {}
         self._first_version = step
         self._slots = asyncio.Semaphore(0)
         self._steps, self._confirmed, self._unconfirmed, self._tasks = {}, {}, {}, set()

@@ -6,6 +6,8 @@ The learner pulls because `TorchTrainer.fit()` owns its ranks and blocks. Everyt
 up again after every restart; a restarted group begins at the last committed checkpoint and tells the coordinator so.
 """
 
+import json
+import platform
 import tempfile
 import time
 import traceback
@@ -25,7 +27,7 @@ from r3hf_ray.actors.environment import of_threads
 from r3hf_ray.actors.fleet import TrainGroup, train_group
 from r3hf_ray.actors.shares import RankShare
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.errors import DivergenceError, ModelError, RunFailed, TelescopingError
+from r3hf_ray.errors import DivergenceError, ModelError, RunFailed, TelescopingError, sentence_of
 from r3hf_ray.models.sharding import make_mesh
 from r3hf_ray.training.experience import RewardScale
 from r3hf_ray.training.guard_rails import warnings_of
@@ -47,8 +49,12 @@ class LearnerSettings:
     namespace: str
     probe_ids: list[int]
     write_samples: SampleWriter
+    token: str
+    """Name of a file that the driver has written into the run folder, and its own host's name."""
 
 
+SHARED_SECONDS = 5.0
+"""How long a file of the driver's may take to be seen by a rank. [s]"""
 BROKEN_CODE = (TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
 """A rank that is started again would break again, in the same line: such an error ends the run, a lost process does
 not."""
@@ -68,14 +74,16 @@ class RestartGuard(UserCallback):
         """Called when a rank has raised or died.
 
         Raises:
-            RunFailed: the run has failed, or its coordinator is gone.
+            RunFailed: the run has failed, too many groups were lost, or the coordinator is gone.
         """
+        reasons = [f"rank {rank}: {sentence_of(error)}" for rank, error in sorted(worker_exceptions.items())]
         try:
-            snapshot = ray.get(ray.get_actor("coordinator", self._namespace).poll.remote(0, 0))
+            coordinator = ray.get_actor("coordinator", self._namespace)
+            over: str = ray.get(coordinator.group_lost.remote("; ".join(reasons) or "a rank was lost"))
         except (ValueError, RayActorError) as error:
             raise RunFailed("the coordinator is gone") from error
-        if snapshot.failed:
-            raise RunFailed(snapshot.failed)
+        if over:
+            raise RunFailed(over)
 
 
 def learner_group(settings: LearnerSettings) -> TrainGroup:
@@ -144,6 +152,7 @@ class _Rank:
                 store=store,
             )
         )
+        self._require_shared_folder()
         self._warned: set[str] = set()
         on_gpu = self._config.learner.gpus_per_rank > 0
         torch.set_num_threads(self._config.learner.threads)
@@ -168,6 +177,18 @@ class _Rank:
         while self._learner.step < self._config.ppo.steps:
             self._step()
         self._learner.save_pretrained(self._settings.run_folder / "model")
+
+    def _require_shared_folder(self) -> None:
+        """A checkpoint would find it out, after the steps before it were done for nothing."""
+        deadline = time.monotonic() + SHARED_SECONDS
+        while not (self._settings.run_folder / self._settings.token).is_file():
+            if time.monotonic() > deadline:
+                give_up(
+                    self._coordinator,
+                    f"run.folder: {self._settings.run_folder} on host {platform.node()} (rank {self._rank}) is not the "
+                    f"driver's (host {self._settings.token.partition('.')[2]}): name a folder that all nodes share",
+                )
+            time.sleep(0.2)
 
     def _restore(self) -> None:
         checkpoint = ray.train.get_checkpoint()
@@ -226,6 +247,9 @@ class _Rank:
             return
         with tempfile.TemporaryDirectory() as folder:
             self._learner.save(Path(folder))
+            if self._rank == 0:
+                pending = {str(of): keys for of, keys in ray.get(self._coordinator.pending.remote()).items()}
+                (Path(folder) / "pending.json").write_text(json.dumps(pending))
             ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder))
         # Without this barrier a checkpoint that was reported is not yet one that a restart finds.
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)

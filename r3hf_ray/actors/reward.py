@@ -4,6 +4,8 @@ import os
 import time
 from typing import Any
 
+import ray
+
 from r3hf_ray.actors.environment import VLLM, VLLM_ON_CPU
 from r3hf_ray.types import ChunkReport, Failure, ScoredTrajectory, Trajectory
 
@@ -26,6 +28,7 @@ class RewardActor:
         make_reader: MakeReader = VllmReader if backend == "vllm" else SameIds
         self._scorer = Scorer(settings, make_reader=make_reader)
 
+    @ray.method(concurrency_group="health")
     def ping(self) -> None:
         """Answer, once the models are loaded."""
 

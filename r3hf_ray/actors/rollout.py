@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import numpy as np
+import ray
 
 from r3hf_ray.actors.environment import VLLM, VLLM_ON_CPU
 from r3hf_ray.sections.actors import EngineFacts, RolloutSection
@@ -33,6 +34,7 @@ class RolloutActor:
         if facts.unknown_ids:
             self._llm.collective_rpc("r3hf_mask_logits", args=(list(facts.unknown_ids),))
 
+    @ray.method(concurrency_group="health")
     def ping(self) -> None:
         """Answer, once the engine stands."""
 

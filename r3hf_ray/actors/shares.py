@@ -1,4 +1,4 @@
-"""The batch of one step while it fills, each learner rank's share of it, and the scalars that come of it."""
+"""The batch of one step while it fills, each learner rank's share of it, and what the driver hears of it."""
 
 import asyncio
 import statistics
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from r3hf_ray.actors.dispatch import ScoredRef, Tally
+from r3hf_ray.actors.ledger import StepLedger
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import deal_to_ranks, minibatch_of
 from r3hf_ray.errors import RunFailed
@@ -17,6 +18,19 @@ MetricsRow = dict[str, int | float]
 """Metrics of one step by name; counts are integers."""
 UNIT_FACTOR = 2.0
 """How far the spreads of two models trained on the same preferences may lie apart without a warning."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What the driver shows and writes; scalars and words."""
+
+    rows: list[MetricsRow]
+    events: list[dict[str, Any]]
+    doing: dict[str, str]
+    """What each kind of actor does now."""
+    failed: str | None
+    ledgers: list[tuple[StepLedger, list[dict[str, Any]]]]
+    """Steps that were closed, each with the samplers' loads since the one before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

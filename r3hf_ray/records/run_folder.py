@@ -15,6 +15,9 @@ PPO_MAY_CHANGE = frozenset(
     {
         "run.folder",
         "run.cpus",
+        "run.wait_for_nodes",
+        "run.patience",
+        "run.max_restarts",
         "ppo.steps",
         "tracking",
         "evaluation",

@@ -90,7 +90,8 @@ class LearnerSection(Section):
     keep_checkpoints: Positive = 2
     """Checkpoints kept. [checkpoints]"""
     max_failures: NonNegative = 2
-    """Restarts from the last committed checkpoint after a rank dies. [restarts]"""
+    """Losses of the group that the run survives without a step between them; each restarts it at the last committed
+    checkpoint. [losses]"""
     cpus_per_rank: NonNegativeFloat = 0.4
     """Logical CPUs a rank asks of Ray. [CPUs]"""
     gpus_per_rank: NonNegativeFloat = 0.0

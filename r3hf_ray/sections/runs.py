@@ -1,9 +1,11 @@
 """How a run is called, followed and evaluated."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from r3hf_ray.sections.fields import NonNegative, Positive, PositiveFloat, RunName, Section
+from pydantic import field_validator
+
+from r3hf_ray.sections.fields import NonNegative, NonNegativeFloat, Positive, PositiveFloat, RunName, Section
 
 
 class RunSection(Section):
@@ -17,6 +19,21 @@ class RunSection(Section):
     """Seed of everything random: sampling seeds come from (seed, prompt, sample), batching from (seed, step)."""
     cpus: PositiveFloat | None = None
     """Logical CPUs of a Ray instance started by this command; ignored when it joins a cluster. [CPUs]"""
+    wait_for_nodes: NonNegativeFloat = 600.0
+    """On a cluster: how long to wait for the nodes that the learner group, one sampler and one reward actor need; the
+    others join when theirs come. [s]"""
+    patience: PositiveFloat = 120.0
+    """How long a sampler or reward actor may leave a question unanswered before it is replaced. [s]"""
+    max_restarts: NonNegative = 3
+    """How often the driver builds everything anew from the last checkpoint, after the coordinator or the weight store
+    was lost. [restarts]"""
+
+    @field_validator("folder", mode="before")
+    @classmethod
+    def _no_uri(cls, folder: Any) -> Any:
+        if "://" in str(folder):
+            raise ValueError(f"{folder}: a path is needed that all nodes share (NFS, say); no URI can be written yet")
+        return folder
 
 
 class TrackingSection(Section):

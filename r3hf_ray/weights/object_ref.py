@@ -22,6 +22,9 @@ class WeightStore:
     def __init__(self) -> None:
         self._versions: dict[int, list[Any]] = {}
 
+    def ping(self) -> None:
+        """Answer."""
+
     def put(self, version: int, bucket: list[WeightTensor]) -> Any:
         """Take ownership of one bucket; returns its ref in a list, so that Ray does not resolve it."""
         ref = ray.put(bucket)

@@ -24,9 +24,10 @@ from ray import cloudpickle
 from ray.exceptions import RayActorError
 
 from r3hf_ray.actors import dispatch, fleet
-from r3hf_ray.actors.coordinator import Coordinator, Snapshot
+from r3hf_ray.actors.coordinator import Coordinator
+from r3hf_ray.actors.ledger import State
 from r3hf_ray.actors.rollout import StaleWeightsError
-from r3hf_ray.actors.shares import RankShare, evaluation_metrics
+from r3hf_ray.actors.shares import RankShare, Snapshot, evaluation_metrics
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import seed_of
 from r3hf_ray.errors import RunFailed
@@ -58,8 +59,11 @@ class Fake:
         key = f"{self.name} {call}"
         lines = [json.loads(text) for text in (self.folder / "log.jsonl").read_text().splitlines()]
         count = sum(line["actor"] == self.name and line["call"] == call for line in lines)
-        if count in behaviour.get("die", {}).get(key, []):
+        deadly = {tuple(each) for each in behaviour.get("deadly", [])}
+        if count in behaviour.get("die", {}).get(key, []) or deadly & {tuple(each) for each in facts.get("keys", [])}:
             os.kill(os.getpid(), signal.SIGKILL)
+        if count in behaviour.get("stop", {}).get(key, []):
+            os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(behaviour.get("seconds", {}).get(call, 0.0))
         if not {tuple(each) for each in facts.get("keys", [])}.isdisjoint(
             map(tuple, behaviour.get(f"poison {call}", []))
@@ -481,20 +485,81 @@ def test_weights_sent_again_after_a_death_must_be_proven_too(actors: Actors) -> 
         run(actors, config, play)
 
 
-def test_actors_that_keep_dying_end_the_run(actors: Actors, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_that_kills_whoever_reads_it_is_found_and_given_up(
+    actors: Actors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deaths are nobody's fault until one prompt was alone with the actor every time."""
     monkeypatch.setattr(dispatch, "LOST_ACTORS_A_CHUNK", 1)
-    actors.behave(die={"rollout 0 generate": [1, 2], "rollout 1 generate": [1, 2]})
-    sentence, _ = failing_run(actors, configuration(rollout={"chunks_per_step": 1}))
-    assert sentence == "2 actors died while they worked on one chunk of step 1; see events.jsonl"
+    actors.behave(deadly=[[1, 0]])
+    config = configuration(rollout={"chunks_per_step": 1}, ppo={"steps": 1}, evaluation={"prompts": 0})
+    learner, snapshot = run(actors, config)
+    assert learner.keys(0) == [key for key in expected_keys(config, 0) if key != (1, 0)]
+    (given_up,) = events(snapshot, "quarantined")
+    assert (given_up["prompt_id"], given_up["sample"]) == (1, 0) and "actors died over it" in given_up["reason"]
 
 
-def test_an_actor_that_never_comes_back_ends_the_run(actors: Actors, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "RECOVERY_SECONDS", 0.5)
+def test_an_actor_that_never_comes_back_is_said_again_and_again_and_ends_nothing(
+    actors: Actors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "AWAY_SECONDS", 0.0)
     actors.behave(die={"rollout 9 generate": [1]})
     mortal = ray.remote(FakeRollout).options(num_cpus=0, max_task_retries=0).remote(actors.folder, "rollout 9")
-    sentence, snapshot = failing_run(Actors(actors.folder, {"rollout 0": mortal}, actors.rewards), configuration())
-    assert sentence == "rollout 0 did not come back within 0 s; see events.jsonl"
-    assert [event["actor"] for event in events(snapshot, "failure")] == ["rollout 0"]
+    ray.get(mortal.ping.remote())
+    others = {"rollout 9": mortal, "rollout 1": actors.rollouts["rollout 1"]}
+    config = configuration(ppo={"steps": 3})
+
+    async def play(coordinator: Coordinator, learner: Learner) -> None:
+        async def until_said_twice(step: int) -> None:
+            while step == 1 and len(events(await coordinator.poll(0, 0), "away")) < 2:
+                await asyncio.sleep(0.05)
+
+        learner.before_publish = until_said_twice
+        await learner.run()
+
+    learner, snapshot = run(Actors(actors.folder, others, actors.rewards), config, play)
+    assert [learner.keys(step) for step in range(3)] == [expected_keys(config, step) for step in range(3)]
+    assert {event["actor"] for event in events(snapshot, "away")} == {"rollout 9"}
+
+
+def test_a_sampler_that_is_stopped_is_named_and_started_anew(actors: Actors) -> None:
+    """A stopped process gives no error and no answer."""
+    actors.behave(stop={"rollout 0 generate": [2]})
+    config = configuration(run={"name": "x", "patience": 8.0}, ppo={"steps": 3})
+    learner, snapshot = run(actors, config)
+    assert [learner.keys(step) for step in range(3)] == [expected_keys(config, step) for step in range(3)]
+    (failure,) = events(snapshot, "failure")
+    assert failure["actor"] == "rollout 0" and "no answer for 8 s (run.patience)" in failure["reason"]
+
+
+def test_only_losses_without_a_step_between_them_count(actors: Actors) -> None:
+    config = configuration(learner={"max_failures": 1}, ppo={"steps": 3})
+
+    async def play(coordinator: Coordinator, learner: Learner) -> None:
+        await learner.run(0, 1)
+        assert await coordinator.group_lost("rank 1: killed on a") == ""
+        await learner.run(1, 2)
+        assert await coordinator.group_lost("rank 0: killed on b") == ""
+        assert "lost 2 times without a step between" in await coordinator.group_lost("rank 0: killed on b")
+
+    _, snapshot = run(actors, config, play)
+    assert [(event["step"], event["reason"]) for event in events(snapshot, "restart")] == [(1, "rank 1: killed on a")]
+
+
+def test_the_ledger_tells_each_samples_life(actors: Actors) -> None:
+    """Dispatched, generated, scored, trained; a sample whose actor died is dispatched twice."""
+    actors.behave(die={"rollout 0 generate": [2]})
+    config = configuration(ppo={"steps": 2})
+    _, snapshot = run(actors, config)
+    assert [ledger.step for ledger, _ in snapshot.ledgers] == [1, 2]
+    for ledger, loads in snapshot.ledgers:
+        columns = {name: values.tolist() for name, values in ledger.columns.items()}
+        lives = sorted(zip(columns["prompt_id"], columns["sample"], columns["state"], strict=True))
+        expected = expected_keys(config, ledger.step - 1)
+        for state in (State.GENERATED, State.SCORED, State.TRAINED):
+            assert [(p, s) for p, s, its in lives if its == state] == expected
+        assert {(p, s) for p, s, its in lives if its == State.DISPATCHED} == set(expected)
+        assert {load["version"] for load in loads} >= {ledger.step}
+        assert all(load["matched"] for load in loads)
 
 
 # ---------------------------------------------------------------------- failures that are the data's
@@ -820,6 +885,7 @@ def test_a_checkpointed_step_keeps_its_row_when_its_rank_dies_before_the_sampler
     async def main() -> list[float]:
         coordinator = Coordinator(configuration(), {}, {}, prompts=PROMPTS, heldout=[])
         await coordinator.begin(0)
+        coordinator._trained[1] = []
         coordinator._confirmed[1] = asyncio.create_task(asyncio.sleep(PATIENCE))  # type: ignore[arg-type]
         report = asyncio.create_task(coordinator.report(1, {"policy/loss": 0.5}))
         await asyncio.sleep(0)

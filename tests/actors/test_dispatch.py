@@ -4,13 +4,14 @@ import numpy as np
 
 from r3hf_ray.actors.dispatch import Dispatch, Tally
 from r3hf_ray.actors.fleet import Fleet
+from r3hf_ray.actors.ledger import Ledger
 from r3hf_ray.actors.outcome import Outcome, Timeline
 from r3hf_ray.types import Failure, Request
 
 
 def make_dispatch(max_attempts: int = 3) -> Dispatch:
     timeline = Timeline()
-    return Dispatch(Fleet([], [], max_gap=1e-3, timeline=timeline, outcome=Outcome(timeline)), max_attempts)
+    return Dispatch(Fleet([], [], max_gap=1e-3, timeline=timeline, outcome=Outcome(timeline)), max_attempts, Ledger())
 
 
 def group(size: int, attempt: int = 0) -> list[Request]:
@@ -27,7 +28,7 @@ def failures(*prompt_ids: int) -> list[Failure]:
 def again(dispatch: Dispatch, requests: list[Request], *failed: int) -> tuple[list[list[tuple[int, int]]], Tally]:
     """Groups to try again, as (prompt_id, attempt)."""
     tally = Tally()
-    groups = dispatch._again(tally, requests, failures(*failed))
+    groups = dispatch._again(tally, requests, failures(*failed), 1)
     return [[(request.prompt_id, request.attempt) for request in each] for each in groups], tally
 
 
@@ -64,6 +65,6 @@ def test_the_last_attempt_is_followed_by_quarantine() -> None:
 
 def test_retries_keep_seed_and_prompt() -> None:
     first = group(2)
-    ((retry,),) = make_dispatch()._again(Tally(), first, failures(1))
+    ((retry,),) = make_dispatch()._again(Tally(), first, failures(1), 1)
     assert (retry.seed, retry.row, retry.prompt_id) == (first[1].seed, first[1].row, 1)
     assert retry.token_ids is first[1].token_ids

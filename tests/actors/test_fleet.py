@@ -17,7 +17,7 @@ def make_fleet() -> Fleet:
 
 
 def members(*names: str) -> list[Member]:
-    return [Member(name, f"handle of {name}") for name in names]
+    return [Member(name, f"handle of {name}", alive=True) for name in names]
 
 
 def test_one_working_member_is_picked_in_turn() -> None:
@@ -63,12 +63,12 @@ def test_a_dead_actor_is_lost_once(error: RayActorError, monkeypatch: pytest.Mon
         fleet = make_fleet()
         watched: list[Member] = []
 
-        async def recover(_: Fleet, member: Member) -> None:
+        async def arrive(_: Fleet, member: Member, how: str) -> None:
             watched.append(member)
 
-        monkeypatch.setattr(Fleet, "_recover", recover)
+        monkeypatch.setattr(Fleet, "_arrive", arrive)
         (member,) = members("rollout 0")
-        assert [fleet.lost(member, error), fleet.lost(member, error)] == [1, 1]
+        assert [fleet.lost(member, error, 0), fleet.lost(member, error, 0)] == [1, 1]
         await asyncio.sleep(0)
         assert watched == [member]
         assert not member.alive
@@ -81,7 +81,7 @@ def test_an_ordinary_failure_loses_no_actor() -> None:
     fleet = make_fleet()
     (member,) = members("rollout 0")
     for error in (RayTaskError("f", "Traceback\nValueError: x", ValueError("x")), ObjectLostError("00" * 28, None, "")):
-        assert fleet.lost(member, error) == 0
+        assert fleet.lost(member, error, 0) == 0
     assert member.alive
     assert fleet.timeline.events == []
 

@@ -8,7 +8,6 @@ import pytest
 import ray
 
 from r3hf_ray.actors import learner
-from r3hf_ray.actors.coordinator import Snapshot
 from r3hf_ray.actors.learner import LearnerSettings, RestartGuard, train_loop
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import DivergenceError, ModelError, RunFailed
@@ -20,14 +19,16 @@ class FakeCoordinator:
     def __init__(self) -> None:
         self.failed: str | None = None
         self.fail = SimpleNamespace(remote=self._fail)
-        self.poll = SimpleNamespace(remote=self._poll)
+        self.group_lost = SimpleNamespace(remote=self._group_lost)
+        self.losses: list[str] = []
 
     def _fail(self, sentence: str) -> None:
         self.failed = sentence
         raise RunFailed("a remote traceback")
 
-    def _poll(self, rows_seen: int, events_seen: int) -> Snapshot:
-        return Snapshot(rows=[], events=[], doing={}, failed=self.failed)
+    def _group_lost(self, reason: str) -> str:
+        self.losses.append(reason)
+        return self.failed or ""
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def actors(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def settings(tmp_path: Path) -> LearnerSettings:
     config = PPOConfig(run={"name": "x"}, model={"policy": "p", "reward_model": "r"}, data={"source": "d"})
     return LearnerSettings(
-        config=config, run_folder=tmp_path, namespace="x", probe_ids=[], write_samples=lambda folder, step, rows: None
+        config=config, run_folder=tmp_path, namespace="x", probe_ids=[], write_samples=print, token="x.host"
     )
 
 
@@ -90,7 +91,8 @@ def test_a_lost_process_is_no_end(
     with pytest.raises(RuntimeError, match="closed by peer"):
         train_loop({"learner": settings})
     assert actors["coordinator"].failed is None
-    RestartGuard("x").after_exception(None, {1: RuntimeError()})
+    RestartGuard("x").after_exception(None, {1: RuntimeError("Connection closed by peer"), 0: RuntimeError("on a")})
+    assert actors["coordinator"].losses == ["rank 0: on a; rank 1: Connection closed by peer"]
 
 
 def test_a_rank_without_a_coordinator_is_not_broken_code(actors: dict[str, Any], settings: LearnerSettings) -> None:

@@ -527,8 +527,10 @@ def test_a_sampler_that_is_stopped_is_named_and_started_anew(actors: Actors) -> 
     config = configuration(run={"name": "x", "patience": 8.0}, ppo={"steps": 3})
     learner, snapshot = run(actors, config)
     assert [learner.keys(step) for step in range(3)] == [expected_keys(config, step) for step in range(3)]
-    (failure,) = events(snapshot, "failure")
-    assert failure["actor"] == "rollout 0" and "no answer for 8 s (run.patience)" in failure["reason"]
+    reasons = [event["reason"] for event in events(snapshot, "failure") if event["actor"] == "rollout 0"]
+    assert any("no answer for 8 s (run.patience)" in reason for reason in reasons), (
+        reasons
+    )  # a busy machine adds others
 
 
 def test_only_losses_without_a_step_between_them_count(actors: Actors) -> None:

@@ -95,6 +95,7 @@ def check(config: PPOConfig) -> Plan:
             reward=config.reward,
             model=config.model,
             temperature=config.rollout.temperature,
+            logits_chunk=config.learner.logits_chunk,
             reads={name: model for name, (model, _) in models.items()},
         ),
         probe_ids=probe_sequence(prompts, min(config.weights.probe_tokens, window - 1)),

@@ -13,7 +13,7 @@ from r3hf_ray.algorithms.redistribution import PrefixScores, RedistributionInput
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.models.folder import load_tokenizer
 from r3hf_ray.models.load import load_policy
-from r3hf_ray.models.logprobs import token_logprobs, token_logprobs_and_entropy
+from r3hf_ray.models.logprobs import CHUNK, token_logprobs, token_logprobs_and_entropy
 from r3hf_ray.models.sharding import DTYPES
 from r3hf_ray.scoring.method_inputs import bind_method, needs_entropy
 from r3hf_ray.scoring.readers import Aligned, MakeReader, Reader, ReaderSettings, Reading, SameIds, Sampled
@@ -52,6 +52,8 @@ class ScoringSettings:
     sampled."""
     temperature: float
     """Of sampling, and so of the reference's logprobs."""
+    logits_chunk: int = CHUNK
+    """As `learner.logits_chunk`, for the reference. [tokens]"""
     reads: Mapping[str, RewardModel] = field(default_factory=dict)
     """What each reward model reads, by name; one that is not named reads the ids as they are."""
 
@@ -156,10 +158,10 @@ class Scorer:
         )
 
     def _refer(self, batch: Sampled) -> tuple[Tensor, Tensor | None]:
-        temperature = self._settings.temperature
+        temperature, chunk = self._settings.temperature, self._settings.logits_chunk
         if needs_entropy(self._reward):
-            return token_logprobs_and_entropy(self._reference, *batch.arrays, temperature=temperature)
-        return token_logprobs(self._reference, *batch.arrays, temperature=temperature), None
+            return token_logprobs_and_entropy(self._reference, *batch.arrays, temperature=temperature, chunk=chunk)
+        return token_logprobs(self._reference, *batch.arrays, temperature=temperature, chunk=chunk), None
 
 
 def load_gold(name: str) -> Gold:

@@ -1,7 +1,7 @@
 """Ray's processes: samplers, learner ranks, ranks of a preparatory stage, and the way of weights between them."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -83,6 +83,9 @@ class LearnerSection(Section):
     """Data type of forward and backward; master weights and optimizer state stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
+    logits_chunk: Annotated[int, Field(ge=64)] = 1024
+    """Response tokens whose logits exist at one time, in learner and reference; backward computes them again. A chunk
+    takes up to four times chunk x vocabulary x 4 bytes. [tokens]"""
     shard_blocks: Literal["auto", "always", "never"] = "auto"
     """Shard each decoder block apart, or the root only; `auto`: blocks above 100M parameters."""
     checkpoint_every: NonNegative = 20

@@ -88,7 +88,8 @@ def replay_capsule(folder: Path) -> Replay:
     content = json.loads((folder / "capsule.json").read_text())
     config = PPOConfig(**content["config"])
     tokens, responses = content["num_tokens"], content["num_responses"]
-    policy = Policy(AutoModelForCausalLM.from_config(_config(folder / "policy"), dtype=torch.float32))
+    model = AutoModelForCausalLM.from_config(_config(folder / "policy"), dtype=torch.float32)
+    policy = Policy(model, chunk=config.learner.logits_chunk)
     models: dict[str, tuple[Policy | Critic, Callable[..., LossShare], int]] = {
         "policy": (policy, policy_share, policy_divisor(config, num_tokens=tokens, num_responses=responses))
     }

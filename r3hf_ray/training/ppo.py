@@ -82,7 +82,8 @@ class PPOLearner:
         self.kl_coef, self.multiplier = config.ppo.kl_coef, config.cost.multiplier
         folder = ModelFolder(config.model.policy, "policy")
         self.tokenizer, self._pad_id = folder.tokenizer, folder.pad_id
-        self.policy = Policy(load_policy(config.model.policy, torch.float32)).eval().to(self.device)
+        loaded = load_policy(config.model.policy, torch.float32)
+        self.policy = Policy(loaded, chunk=config.learner.logits_chunk).eval().to(self.device)
         folder.name_ends(self.policy.model)
         self.critic = _load_critic(config, scale).eval().to(self.device) if config.has_critic else None
         self._shard(mesh)

@@ -1,9 +1,15 @@
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from r3hf_ray.models.load import load_policy
+from r3hf_ray.models.load import hidden_states, load_policy
 from r3hf_ray.models.logprobs import Policy, token_logprobs, token_logprobs_and_entropy
+from r3hf_ray.models.sharding import make_mesh, shard
 
 
 @pytest.fixture(scope="module", params=["policy", "tied"])
@@ -93,3 +99,148 @@ def test_only_response_positions_are_projected(model):
     token_logprobs(model, ids, attention, response, temperature=1.0)
     hook.remove()
     assert seen == [(10, 40)]
+
+
+# ------------------------------------------------------------------------------------------------------- in chunks
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of all storages that were made inside and live at the same time, at most, of those of `smallest` bytes."""
+
+    def __init__(self, smallest):
+        super().__init__()
+        self.smallest, self.live, self.peak = smallest, {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() >= self.smallest:
+                storage = x.untyped_storage()
+                if storage._cdata not in self.live:
+                    self.live[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return out
+
+
+class Collectives(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names += [str(function)] * str(function).startswith("c10d")
+        return function(*args, **(kwargs or {}))
+
+
+def wide_model(vocabulary, tied=False):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=tied, **shape)).eval()
+
+
+def full_logprobs(model, ids, attention, response, temperature):
+    """What `token_logprobs` was before it had chunks: a cross-entropy of all logits at once."""
+    hidden = hidden_states(model, ids, attention)[:, :-1][response[:, 1:]]
+    logits = model.get_output_embeddings()(hidden).float()
+    chosen = -F.cross_entropy(logits / temperature, ids[:, 1:][response[:, 1:]], reduction="none")
+    return chosen.new_zeros(response.shape).masked_scatter(response, chosen)
+
+
+def gradients(model, logprobs):
+    weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1))
+    model.zero_grad()
+    (logprobs * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+LONG = [(3, 60), (1, 90), (5, 70), (2, 9)]
+
+
+@pytest.mark.parametrize("chunk", [64, 100, 1024])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("tied", [False, True])
+def test_chunks_change_no_bit_but_those_of_the_heads_gradient(tied, temperature, chunk):
+    model, rows = wide_model(300, tied), batch(LONG)
+    expected = full_logprobs(model, *rows, temperature)
+    wanted = gradients(model, expected)
+    got = token_logprobs(model, *rows, temperature=temperature, chunk=chunk)
+    assert torch.equal(got, expected)
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    for name, gradient in gradients(model, got).items():
+        if name == head and chunk < 229:
+            torch.testing.assert_close(gradient, wanted[name], rtol=0, atol=1e-6 * float(wanted[name].abs().max()))
+        else:
+            assert torch.equal(gradient, wanted[name]), name
+    at_once = token_logprobs_and_entropy(model, *rows, temperature=temperature, chunk=10_000)
+    for part, whole in zip(
+        token_logprobs_and_entropy(model, *rows, temperature=temperature, chunk=chunk), at_once, strict=True
+    ):
+        assert torch.equal(part, whole)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 31, 64, 65, 127, 129, 1000])
+def test_chunks_are_even_and_of_32_rows_at_least(tokens):
+    seen = []
+    model = wide_model(40)
+    ids, attention, response = batch([(1, max(tokens, 1))])
+    with model.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(len(given[0]))):
+        token_logprobs(model, ids, attention, response & (tokens > 0), temperature=1.0, chunk=64)
+    assert sum(seen) == tokens and max(seen) <= 64
+    assert len(seen) == 1 or (min(seen) >= 32 and max(seen) - min(seen) <= 1)
+
+
+def test_a_16_bit_heads_gradient_is_no_worse_than_at_once():
+    model, rows = wide_model(300).bfloat16(), batch(LONG)
+    exact = wide_model(300).double()
+    exact.load_state_dict(model.state_dict())
+    low = {
+        "at once": full_logprobs(model, *rows, 1.0),
+        "chunks": token_logprobs(model, *rows, temperature=1.0, chunk=64),
+    }
+    hidden = hidden_states(model, *rows[:2])[:, :-1][rows[2][:, 1:]].detach()
+    weights = torch.randn(rows[0].shape, generator=torch.Generator().manual_seed(1))[rows[2]].double()
+    logits = F.linear(hidden.double(), exact.lm_head.weight)
+    (-F.cross_entropy(logits, rows[0][:, 1:][rows[2][:, 1:]], reduction="none") * weights).sum().backward()
+    error = {
+        name: float((gradients(model, logprobs)["lm_head.weight"].double() - exact.lm_head.weight.grad).norm())
+        for name, logprobs in low.items()
+    }
+    assert torch.equal(low["chunks"], low["at once"])
+    assert error["chunks"] <= error["at once"] * 1.001
+
+
+def test_at_most_four_copies_of_a_chunks_logits_and_one_gradient_of_the_head_live_at_once():
+    vocabulary, chunk = 3000, 64
+    model, rows = wide_model(vocabulary), batch(LONG)
+    one, head = 4 * chunk * vocabulary, 4 * 32 * vocabulary
+    tokens = int(rows[2].sum())
+    with Peak(smallest=head) as whole:
+        full_logprobs(model, *rows, 0.7).sum().backward()
+    model.zero_grad()
+    assert whole.peak >= 3 * 4 * tokens * vocabulary
+    with Peak(smallest=head) as backward:
+        token_logprobs(model, *rows, temperature=0.7, chunk=chunk).sum().backward()
+    with Peak(smallest=head) as forward:
+        token_logprobs_and_entropy(model, *rows, temperature=0.7, chunk=chunk)
+    assert one <= forward.peak <= 4 * one
+    # The embeddings, whose gradient is as large, come after the head's.
+    assert one <= backward.peak <= 4 * one + 2 * head
+
+
+@pytest.mark.parametrize("blocks", ["never", "always"])
+def test_a_sharded_head_is_gathered_once_however_many_chunks(tiny_models, run_ranks, blocks):
+    def on_a_rank(rank):
+        counts = []
+        for chunk in (1024, 64):
+            policy = Policy(load_policy(tiny_models.tied, torch.float32), chunk=chunk).eval()
+            shard(policy, make_mesh(2, "cpu"), blocks=blocks, dtype=torch.float32)
+            with Collectives() as seen:
+                policy(*batch(LONG[:1] * 3), temperature=1.0).sum().backward()
+            counts.append(seen.names)
+        return counts
+
+    for whole, parts in run_ranks(on_a_rank):
+        assert whole == parts
+        gathers = sum("allgather" in name for name in whole)
+        assert gathers == {"never": 1, "always": 1 + 2 * 2}[blocks]  # the root once, a block in each direction

@@ -1,5 +1,6 @@
 """Naive uses of token rewards without a critic blow up in length; what is offered must not, over a whole run."""
 
+import statistics
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,10 @@ LENGTH = "eval/heldout/response_length/mean"
 @pytest.mark.slow
 def test_lengths_stay_within_30_percent_over_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    # Fewer groups make a reward model that is soon exploited, by short answers among others: not what is asked here.
     config = load(CompareConfig, ROOT / "jobs/screen_algorithms.toml", ["--run.folder", str(tmp_path)])
     assert config.toy is not None
-    smaller = {"max_response_tokens": 24, "sft_rows": 8000, "heldout_prompts": 128, "groups": 600, "heldout_pairs": 50}
+    smaller = {"max_response_tokens": 24, "sft_rows": 8000, "heldout_prompts": 128, "groups": 2000, "heldout_pairs": 50}
     often = (*config.compare.overrides, "--evaluation.every", "10", "--evaluation.prompts", "128")
     changed = {
         "toy": config.toy.model_copy(update=smaller),
@@ -42,6 +44,5 @@ def test_lengths_stay_within_30_percent_over_a_run(tmp_path: Path, monkeypatch: 
         assert max(drifts) <= 0.3, f"{run.arm}: {lengths} tokens"
         assert abs(drifts[-1]) <= 0.3 and abs(sum(drifts) / len(drifts)) <= 0.3, f"{run.arm}: {lengths} tokens"
         assert min(ended) >= ended[0] - 0.1, f"{run.arm}: {ended} ended"  # how a blow-up shows where length is capped
-        assert rows[-1]["eval/heldout/gold/mean"] > rows[0]["eval/heldout/gold/mean"] + 0.3, (
-            f"{run.arm} learned nothing"
-        )
+        golds = [row["eval/heldout/gold/mean"] for row in rows]
+        assert statistics.median(golds[-3:]) > golds[0] + 0.3, f"{run.arm} learned nothing: {golds}"

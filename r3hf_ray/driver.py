@@ -29,6 +29,7 @@ from r3hf_ray.errors import CoordinatorLost, RunFailed, sentence_of
 from r3hf_ray.models.finished import require_finished
 from r3hf_ray.preflight import Plan, bundles, check, check_resources, shortage
 from r3hf_ray.records.jsonl import JsonlLog
+from r3hf_ray.records.lease import Held, hold, new_lease
 from r3hf_ray.records.ledger import write_ledger
 from r3hf_ray.records.metrics import STEP, read_metrics
 from r3hf_ray.records.progress import Progress
@@ -36,7 +37,7 @@ from r3hf_ray.records.provenance import redacted, versions
 from r3hf_ray.records.run_folder import PPO_MAY_CHANGE, check_run, open_run
 from r3hf_ray.records.samples import read_samples, sample_steps, write_samples
 from r3hf_ray.records.wandb_run import WandbRun
-from r3hf_ray.session import ray_session
+from r3hf_ray.session import driver_facts, job_ended, ray_session
 from r3hf_ray.weights.object_ref import WeightStore
 
 POLL_SECONDS = 0.25
@@ -68,17 +69,18 @@ def run_ppo(config: PPOConfig, *, resume: bool, console: Console) -> RunResult:
     config = plan.config
     if config.run.cpus is not None and "RAY_ADDRESS" not in os.environ and not ray.is_initialized():
         check_resources(config, {"CPU": config.run.cpus, "GPU": torch.cuda.device_count()})
-    check_run(config, config.run, resume=resume, may_change=PPO_MAY_CHANGE)
+    folder = check_run(config, config.run, resume=resume, may_change=PPO_MAY_CHANGE)
     with ray_session(config.run.cpus):
-        if "RAY_ADDRESS" in os.environ:
-            wait_for_nodes(config, console)
-        else:
+        if "RAY_ADDRESS" not in os.environ:
             check_resources(config, ray.cluster_resources())
-        folder = _follow(config, plan, console, resume=resume)
+        with hold(folder, new_lease(**driver_facts()), ended=lambda other: job_ended(other.job, other.session)) as held:
+            if "RAY_ADDRESS" in os.environ:
+                wait_for_nodes(config, console)
+            _follow(config, plan, console, held, resume=resume)
     return RunResult(folder=folder, rows=read_metrics(folder), seconds=time.monotonic() - start)
 
 
-def _follow(config: PPOConfig, plan: Plan, console: Console, *, resume: bool) -> Path:
+def _follow(config: PPOConfig, plan: Plan, console: Console, held: Held, *, resume: bool) -> None:
     """Follow a run to its end, built anew from its last checkpoint where its coordinator or its weights are lost."""
     lost = 0
     while True:
@@ -86,9 +88,9 @@ def _follow(config: PPOConfig, plan: Plan, console: Console, *, resume: bool) ->
         if not lost:
             _print_plan(console, config, plan)
         try:
-            with _Follower(config, plan, folder, console, attempt=attempt) as follower:
+            with _Follower(config, plan, folder, console, held, attempt=attempt) as follower:
                 follower.follow()
-            return folder
+            return
         except CoordinatorLost as error:
             lost += 1
             if lost > config.run.max_restarts or follower.learner_runs:
@@ -137,8 +139,10 @@ class _Actors:
 class _Follower:
     """Starts a run, polls its coordinator, and writes and shows what it says."""
 
-    def __init__(self, config: PPOConfig, plan: Plan, folder: Path, console: Console, *, attempt: int) -> None:
-        self._config, self._plan, self._folder, self._console = config, plan, folder, console
+    def __init__(
+        self, config: PPOConfig, plan: Plan, folder: Path, console: Console, held: Held, *, attempt: int
+    ) -> None:
+        self._config, self._plan, self._folder, self._console, self._held = config, plan, folder, console, held
         self._attempt = attempt
         self._namespace = f"{config.run.name}-{os.urandom(4).hex()}"
         self._rows_seen = self._events_seen = 0
@@ -176,6 +180,7 @@ class _Follower:
             try:
                 while actors.learner.is_alive():
                     actors.learner.join(POLL_SECONDS)
+                    self._held.check()
                     self._watch_start(actors)
                     self._watch_store(actors)
                     self._take(self._poll(actors))
@@ -187,6 +192,7 @@ class _Follower:
 
     def _start(self) -> _Actors:
         config, plan, space = self._config, self._plan, self._namespace
+        self._held.update(namespace=space, attempt=self._attempt)
         rollouts = rollout_actors(config.rollout, plan.engine, namespace=space)
         rewards = reward_actors(plan.scoring, namespace=space, overlap=config.rollout.max_lag > 0)
         store = named_actor(WeightStore, "weight_store", namespace=space)

@@ -17,10 +17,12 @@ from r3hf_ray.models.chat_format import save_format
 from r3hf_ray.models.finished import require_finished, what_is_missing
 from r3hf_ray.models.folder import ModelFolder
 from r3hf_ray.records.jsonl import JsonlLog
+from r3hf_ray.records.lease import hold, new_lease
 from r3hf_ray.records.metrics import read_metrics
 from r3hf_ray.records.provenance import redacted, versions
 from r3hf_ray.records.run_folder import STAGE_MAY_CHANGE, STAGE_MAY_MOVE, check_run, open_run
 from r3hf_ray.records.wandb_run import WandbRun
+from r3hf_ray.session import driver_facts, job_ended
 from r3hf_ray.training.trl_settings import split_batch
 
 LoggedRow = Mapping[str, Any]
@@ -100,7 +102,12 @@ def _train(
     if resume and (finished := _finished(config)):
         return finished
     data = load(config.data, base.tokenizer, max_tokens=section.max_tokens)
-    with _Records(config, data, resume=resume, on_row=on_row, note=note) as records:
+    folder = check_run(config, config.run, resume=resume)
+    lease = new_lease(**driver_facts())
+    with (
+        hold(folder, lease, ended=lambda other: job_ended(other.job, other.session)),
+        _Records(config, data, resume=resume, on_row=on_row, note=note) as records,
+    ):
         fit_stage(
             config, data.train, data.heldout, folder=records.folder, attempt=records.attempt, on_row=records.on_row
         )

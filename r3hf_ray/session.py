@@ -1,5 +1,6 @@
 """The Ray instance of a command: joined, or started for it and ended with it (floor 4)."""
 
+import json
 import os
 import signal
 import socket
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private import state
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.exceptions import AuthenticationError
 
 from r3hf_ray.errors import ConfigError, RunFailed, Terminated, sentence_of
@@ -51,6 +54,25 @@ def ray_session(cpus: float | None) -> Iterator[None]:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
         ray.shutdown()
+
+
+def driver_facts() -> dict[str, str]:
+    """What a lease says of this driver: Ray's job id, session and address, and the name it was submitted under."""
+    context = ray.get_runtime_context()
+    submitted = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("metadata", {})
+    return {
+        "job": context.get_job_id(),
+        "session": context.get_session_name(),
+        "address": context.gcs_address,
+        "submission": submitted.get("job_submission_id", ""),
+    }
+
+
+def job_ended(job: str, session: str) -> bool:
+    """Whether this cluster knows that a driver's job is over."""
+    if session != ray.get_runtime_context().get_session_name():
+        return False
+    return all(entry["IsDead"] for entry in state.jobs() if entry["JobID"] == job)
 
 
 def _on_sigterm() -> Any:

@@ -19,6 +19,7 @@ from r3hf_ray.driver import _Actors, _Follower
 from r3hf_ray.errors import ConfigError, RunFailed
 from r3hf_ray.preflight import Plan
 from r3hf_ray.records.jsonl import read_jsonl
+from r3hf_ray.records.lease import hold, new_lease
 from r3hf_ray.scoring.scorer import ScoringSettings
 from r3hf_ray.sections.actors import EngineFacts
 from r3hf_ray.session import ray_session, require_answer
@@ -97,7 +98,10 @@ def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
         learner.join(10.0)
         actors = _Actors(coordinator, SimpleNamespace(ping=SimpleNamespace(remote=lambda: None)), {}, learner, None)
         monkeypatch.setattr(_Follower, "_start", lambda follower: actors)
-        with _Follower(config, plan, tmp_path, Console(quiet=True), attempt=0) as follower:
+        with (
+            hold(tmp_path, new_lease()) as held,
+            _Follower(config, plan, tmp_path, Console(quiet=True), held, attempt=0) as follower,
+        ):
             follower.follow()
 
     return run

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from r3hf_ray.errors import ConfigError
+from r3hf_ray.records.lease import LIVE
 from r3hf_ray.records.metrics import next_attempt
 from r3hf_ray.sections.runs import RunSection
 from r3hf_ray.settings import Command, load
@@ -64,9 +65,11 @@ def check_run(
             and Ray Train would quietly take up the old run's checkpoint. Or the resumed run would be another one.
     """
     folder = (run.folder / run.name).resolve()
-    if folder.exists() and not resume:
+    # A driver that only waited for nodes has left no more than its lease.
+    begun = folder.exists() and any(LIVE not in path.name for path in folder.iterdir())
+    if begun and not resume:
         raise ConfigError(f"run.name: {run.folder / run.name} exists; use another name or continue it with --resume")
-    if folder.exists() and may_change is not None:
+    if begun and may_change is not None:
         _require_same(config, folder, may_change, may_move)
     return folder
 

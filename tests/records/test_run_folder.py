@@ -8,6 +8,7 @@ import pytest
 from r3hf_ray.config import PPOConfig, RewardConfig, SFTConfig
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.records.jsonl import JsonlLog
+from r3hf_ray.records.lease import hold, new_lease
 from r3hf_ray.records.run_folder import PPO_MAY_CHANGE, STAGE_MAY_CHANGE, STAGE_MAY_MOVE, check_run, open_run, to_toml
 from r3hf_ray.settings import Command, load
 
@@ -125,9 +126,17 @@ def test_another_model_or_dataset_is_no_moved_one(
 
 def test_a_folder_without_settings_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "a-run").mkdir()
+    (tmp_path / "a-run" / "notes.txt").touch()
     config = ppo(tmp_path)
     with pytest.raises(ConfigError, match=r"a-run/config\.toml: no such file"):
         check_run(config, config.run, resume=True, may_change=PPO_MAY_CHANGE)
+
+
+def test_a_run_that_only_waited_for_nodes_has_not_begun(tmp_path: Path) -> None:
+    config = ppo(tmp_path)
+    with hold(tmp_path / "a-run", new_lease()):
+        for resume in (False, True):
+            check_run(config, config.run, resume=resume, may_change=PPO_MAY_CHANGE)
 
 
 def test_without_a_list_anything_may_change(tmp_path: Path) -> None:

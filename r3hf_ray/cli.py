@@ -161,14 +161,13 @@ def _replay(options: ReplayFlags, console: Console) -> int:
 def _audit(options: AuditFlags, console: Console) -> int:
     from r3hf_ray.instruments.audit.run import run_audit
 
-    return run_audit(options.reward_model, options.data, folder=options.out, console=console)
+    return run_audit(options, console)
 
 
 def _credit(options: CreditFlags, console: Console) -> int:
     from r3hf_ray.instruments.credit.run import run_credit
 
-    asked = options.model_dump(include={"policy", "limit", "max_response_tokens", "seed"})
-    return run_credit(options.benchmark, options.reward_model, **asked, folder=options.out, console=console)
+    return run_credit(options, console)
 
 
 class Entry(NamedTuple):

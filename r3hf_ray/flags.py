@@ -1,4 +1,4 @@
-"""What each command takes on its line, besides a job's own fields (floor 6)."""
+"""What each command takes on its line, besides a job's own fields (floor 0)."""
 
 from pathlib import Path
 

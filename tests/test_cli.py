@@ -25,7 +25,7 @@ from r3hf_ray import __version__
 from r3hf_ray.cli import COMMANDS, main
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import DivergenceError, ModelError, RunFailed
-from r3hf_ray.flags import CompareFlags, JobFlags
+from r3hf_ray.flags import AuditFlags, CompareFlags, JobFlags
 from r3hf_ray.records.run_folder import open_run
 from r3hf_ray.sections.data import DataSection
 from r3hf_ray.settings import fields_of, load, read_flags, section_in
@@ -354,8 +354,8 @@ def test_audit_reads_pairs_as_a_job_does(
 ) -> None:
     asked: list[DataSection] = []
 
-    def run_audit(reward_model: str, data: DataSection, *, folder: Path, console: object) -> int:
-        asked.append(data)
+    def run_audit(options: AuditFlags, console: object) -> int:
+        asked.append(options.data)
         return 0
 
     monkeypatch.setattr("r3hf_ray.instruments.audit.run.run_audit", run_audit)

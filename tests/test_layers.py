@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "r3hf_ray"
 
 LAYERS = {
-    "errors": 0, "types": 0, "config": 0, "settings": 0, "sections": 0, "draws": 0, "methods": 0, "user_functions": 0,
+    "errors": 0, "types": 0, "config": 0, "settings": 0, "sections": 0, "draws": 0, "methods": 0,
+    "user_functions": 0, "flags": 0,
     "algorithms": 1,
     "models": 2, "data": 2, "scoring": 2, "training": 2, "weights": 2,
     "weights/object_ref": 3, "weights/nccl": 3, "weights/engine": 3, "weights/media": 3,
@@ -20,7 +21,7 @@ LAYERS = {
     "counts_and_warnings": 4, "driver": 4, "session": 4, "prepare": 4, "preflight": 4,
     "records": 4,
     "instruments": 5,
-    "cli": 6, "flags": 6, "help_pages": 6, "__main__": 6,
+    "cli": 6, "help_pages": 6, "__main__": 6,
 }  # fmt: skip
 """Floor of each room, and of a file that stands on another floor than its room."""
 ORDER = [
@@ -28,7 +29,7 @@ ORDER = [
     "instruments/pages", "instruments/report", "instruments/verify", "instruments/toy", "instruments/scored_answers",
     "instruments/audit", "instruments/credit",
     "instruments/compare", "instruments/quickstart",
-    "flags", "help_pages", "cli", "__main__",
+    "help_pages", "cli", "__main__",
 ]  # fmt: skip
 """Rooms of floors 4 to 6, each of which may import those before it and not those behind it."""
 THIRD_PARTY = [

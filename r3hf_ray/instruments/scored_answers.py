@@ -22,7 +22,7 @@ from r3hf_ray.algorithms.batching import microbatches, pad_rows
 from r3hf_ray.algorithms.redistribution import FUNCTIONS, PrefixScores, redistribute, telescoping_error
 from r3hf_ray.algorithms.spans import sentence_ends
 from r3hf_ray.errors import ModelError
-from r3hf_ray.instruments.pages.coloured_answers import AnswerText, answer_text
+from r3hf_ray.instruments.pages.coloured_answers import AnswerText
 from r3hf_ray.methods import METHODS
 from r3hf_ray.models.chat import Chat, pooling_suffix
 from r3hf_ray.models.folder import ModelFolder, check_same_vocabulary, load_tokenizer
@@ -255,10 +255,11 @@ def unpadded(values: Tensor, mask: Tensor) -> Credit:
 
 
 def scored_text(scored: Scored, tokenizer: PreTrainedTokenizerBase, unit: ScoreUnit, **more: Any) -> AnswerText:
-    """The tokens of an answer and its curve of prefix scores, for a page; ``more`` goes to `answer_text`."""
+    """The tokens of an answer and its curve of prefix scores, for a page; ``more`` are further fields."""
     ids, after = scored.answer.response_ids, [*scored.prefix[:-1], scored.score]
     texts = [str(tokenizer.decode([token])) for token in ids]
-    return answer_text(texts, ids, [unit.of(score) for score in after], start=unit.of(scored.prompt_score), **more)
+    curve = [unit.of(score) for score in after]
+    return AnswerText(text=texts, id=ids, curve=curve, start=unit.of(scored.prompt_score), **more)
 
 
 def _device() -> torch.device:

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.instruments.audit.advice import HALF, Advice
 from r3hf_ray.instruments.audit.measures import Audit
-from r3hf_ray.instruments.pages.coloured_answers import ColouredAnswer, colour_row, scale_of, spread_out
+from r3hf_ray.instruments.pages.coloured_answers import ColouredAnswer, ColourRow, scale_of, spread_out
 from r3hf_ray.instruments.pages.intervals import Estimate
 from r3hf_ray.instruments.pages.parts import Chart, Check, Page, PageSection, Series, Table, TableRow, Tile, estimates
 from r3hf_ray.instruments.scored_answers import Scored, r3hf_credit, scored_text
@@ -107,7 +107,7 @@ def _coloured_pairs(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, audit: Aud
                 )
                 for name, answer in zip(("chosen", "rejected"), pairs[i], strict=True)
             ],
-            rows=[colour_row("r3hf", facts_of("r3hf").note, paid, scale=scale, of=k) for k, paid in enumerate(both)],
+            rows=[ColourRow("r3hf", facts_of("r3hf").note, paid, scale=scale, of=k) for k, paid in enumerate(both)],
         )
         for i, both in zip(picked, credit, strict=True)
     ]

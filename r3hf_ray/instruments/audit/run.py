@@ -1,11 +1,10 @@
 """`r3hf audit`: load, measure, write the page and its numbers, and say the result in few lines."""
 
-from pathlib import Path
-
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.data.loading import load_pairs
+from r3hf_ray.flags import AuditFlags
 from r3hf_ray.instruments.audit.advice import advise
 from r3hf_ray.instruments.audit.measures import audit_numbers
 from r3hf_ray.instruments.audit.page import audit_page
@@ -16,19 +15,13 @@ from r3hf_ray.sections.data import DataSection
 from r3hf_ray.types import Pair
 
 
-def run_audit(reward_model: str, data: DataSection, *, folder: Path, console: Console) -> int:
-    """Audit a reward model on preference pairs; 0, whatever the verdict.
-
-    Args:
-        reward_model: folder or hub name.
-        data: the pairs, as in a job of `r3hf reward`; its lengths are the reward model's window.
-        folder: for ``audit.html`` and ``audit.json``.
-        console: for the results.
+def run_audit(options: AuditFlags, console: Console) -> int:
+    """Audit a reward model on preference pairs, of lengths up to its window; 0, whatever the verdict.
 
     Raises:
         ConfigError: the model or the data cannot be used.
     """
-    judge = load_judge(reward_model)
+    data, judge = options.data, load_judge(options.reward_model)
     pairs, report = audit_pairs(data, judge.tokenizer, window=judge.window)
     console.print(report, markup=False)
     answers = [Answer(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
@@ -38,11 +31,11 @@ def run_audit(reward_model: str, data: DataSection, *, folder: Path, console: Co
     advice = advise(audit)
     about = f"{audit.pairs:,} pairs of {selection(data)}"
     page = write_page(
-        folder,
+        options.out,
         "audit",
-        audit_page(audit, advice, judged, judge.tokenizer, title=model_name(reward_model), about=about),
+        audit_page(audit, advice, judged, judge.tokenizer, title=model_name(options.reward_model), about=about),
         {
-            "reward_model": reward_model,
+            "reward_model": options.reward_model,
             "data": data.model_dump(exclude_defaults=True),
             "report": report,
             "verdict": advice,

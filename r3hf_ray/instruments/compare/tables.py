@@ -159,12 +159,6 @@ def _gold_at_kl(arm: ArmResult) -> str:
     return _number(mean(near)) + (_of(len(near), len(arm.finished)) if near else "")
 
 
-def _error(arm: ArmResult) -> str:
-    """Of measuring the mean over seeds, each seed's own error being known."""
-    done = arm.finished
-    return _number(math.hypot(*(run.final_sem for run in done)) / len(done)) if done else NOTHING
-
-
 def _of(known: int, all_of_them: int) -> str:
     return "" if known == all_of_them else f" ({known} of {all_of_them})"
 

@@ -16,7 +16,7 @@ from r3hf_ray.instruments.credit.marked_credit import (
 )
 from r3hf_ray.instruments.pages.coloured_answers import (
     ColouredAnswer,
-    colour_row,
+    ColourRow,
     in_order,
     scale_of,
     spread_out,
@@ -137,9 +137,9 @@ def coloured_marked_answers(
                 prompt=answers[i].question,
                 texts=[text],
                 rows=[
-                    colour_row("what people marked", "and what for", None, scale=1.0, tagged=True),
+                    ColourRow("what people marked", "and what for", None, scale=1.0, tagged=True),
                     *(
-                        colour_row(
+                        ColourRow(
                             name,
                             notes.get(name) or facts_of(name).note,
                             credit[i],

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from r3hf_ray.errors import ConfigError
+from r3hf_ray.flags import CreditFlags
 from r3hf_ray.instruments.credit.marked import MarkedAnswer, Text, load_marked
 from r3hf_ray.instruments.credit.marked_credit import (
     LOGPROB,
@@ -45,43 +46,19 @@ QA_FEEDBACK_URL = (
 )
 
 
-def run_credit(
-    benchmark: str,
-    reward_model: str,
-    *,
-    policy: str | None,
-    limit: int | None,
-    max_response_tokens: int,
-    seed: int,
-    folder: Path,
-    console: Console,
-) -> int:
+def run_credit(options: CreditFlags, console: Console) -> int:
     """Measure the credit of every method; 1 if a bar of the toy is missed, which too few responses cannot.
-
-    Args:
-        benchmark: ``toy``, ``qa_feedback``, or a file of marked answers (see `marked`).
-        reward_model: folder or hub name.
-        policy: samples the toy's responses; gives the reference log-probability to marked answers.
-        limit: of responses (toy: 400 when left out) or answers (all).
-        max_response_tokens: of the toy's responses; it also decides how many facts a topic has.
-        seed: of the toy's responses and of the controls.
-        folder: for ``credit.html`` and ``credit.json``.
-        console: for the results.
 
     Raises:
         ConfigError: a model or the data cannot be used.
     """
-    judge = load_judge(reward_model, attention=True)
-    if benchmark == "toy":
-        return _toy(judge, policy, limit or 400, max_response_tokens, seed, folder, console)
-    source = _qa_feedback() if benchmark == "qa_feedback" else benchmark
-    return _marked(judge, source, policy, limit, seed, folder, console)
+    judge = load_judge(options.reward_model, attention=True)
+    return (_toy if options.benchmark == "toy" else _marked)(judge, options, console)
 
 
-def _toy(
-    judge: Judge, policy: str | None, count: int, max_response_tokens: int, seed: int, folder: Path, console: Console
-) -> int:
-    responses = toy_responses(judge, policy, count=count, max_response_tokens=max_response_tokens, seed=seed)
+def _toy(judge: Judge, options: CreditFlags, console: Console) -> int:
+    policy, count, seed = options.policy, options.limit or 400, options.seed
+    responses = toy_responses(judge, policy, count=count, max_response_tokens=options.max_response_tokens, seed=seed)
     scored = score_answers(judge, [response.answer for response in responses], console=console)
     unit = unit_of(scored)
     paid = credit_by_method(judge, scored, unit)
@@ -91,7 +68,7 @@ def _toy(
     coloured = coloured_responses(scored, responses, paid, judge.tokenizer, unit)
     author = f"sampled from {policy}" if policy else "by the toy's author"
     page = write_page(
-        folder,
+        options.out,
         "credit",
         toy_page(
             rows, advantages, bars, coloured, title=model_name(judge.source), about=f"{count:,} toy responses {author}"
@@ -114,18 +91,17 @@ def _toy(
     return 1 if any(bar.holds is False for bar in bars) else 0
 
 
-def _marked(
-    judge: Judge, source: str, policy: str | None, limit: int | None, seed: int, folder: Path, console: Console
-) -> int:
-    answers, report = load_marked(source, judge, limit=limit)
+def _marked(judge: Judge, options: CreditFlags, console: Console) -> int:
+    source = _qa_feedback() if options.benchmark == "qa_feedback" else options.benchmark
+    answers, report = load_marked(source, judge, limit=options.limit)
     console.print(report, markup=False)
     originals, count = [answer.original for answer in answers], len(answers)
     texts = [*originals, *(answer.corrected for answer in answers if answer.corrected is not None)]
     scored = score_answers(judge, [text.answer for text in texts], console=console)
     unit = unit_of(scored[:count])
-    controls, totals = _controls(judge, texts, policy, seed, console)
+    controls, totals = _controls(judge, texts, options, console)
     totals = {"reward model": [s.score for s in scored], **totals}
-    paid = with_marked_controls(credit_by_method(judge, scored, unit), texts, seed=seed, more=controls)
+    paid = with_marked_controls(credit_by_method(judge, scored, unit), texts, seed=options.seed, more=controls)
     first = {method: credit[:count] for method, credit in paid.items()}
     rows = measure_marked(first, {method: credit[count:] for method, credit in paid.items()}, answers)
     amended = [answer for answer in answers if answer.corrected is not None]
@@ -134,15 +110,15 @@ def _marked(
     areas = [blame(credit, answer) for credit, answer in zip(first["r3hf"], answers, strict=True)]
     coloured = coloured_marked_answers(answers, scored[:count], first, areas, judge.tokenizer, unit)
     page = write_page(
-        folder,
+        options.out,
         "credit",
         marked_page(rows, pairs, coloured, title=model_name(judge.source), about=about, report=report),
         {
             "reward_model": judge.source,
-            "policy": policy,
+            "policy": options.policy,
             "data": source,
             "report": report,
-            "seed": seed,
+            "seed": options.seed,
             "verdict": found,
             "rows": rows,
             "corrected_pairs": pairs,
@@ -155,16 +131,16 @@ def _marked(
 
 
 def _controls(
-    judge: Judge, texts: Sequence[Text], policy: str | None, seed: int, console: Console
+    judge: Judge, texts: Sequence[Text], options: CreditFlags, console: Console
 ) -> tuple[dict[str, Credit], dict[str, list[float]]]:
     """What needs a model or a length: credit of every token, and a score of every text."""
     answers = [text.answer for text in texts]
-    fresh = score_answers(untrained(judge, seed=seed), answers, console=console)
+    fresh = score_answers(untrained(judge, seed=options.seed), answers, console=console)
     unit = unit_of(fresh)
     credit = {UNTRAINED: r3hf_credit(fresh, unit)}
     totals = {UNTRAINED: [scored.score for scored in fresh]}
-    if policy is not None:
-        credit[LOGPROB] = reference_logprobs(judge, policy, answers, console=console)
+    if options.policy is not None:
+        credit[LOGPROB] = reference_logprobs(judge, options.policy, answers, console=console)
         totals[f"{LOGPROB} a token"] = [float(logprobs.mean()) for logprobs in credit[LOGPROB]]
     totals["longer wins"] = [float(len(answer.response_ids)) for answer in answers]
     return credit, totals

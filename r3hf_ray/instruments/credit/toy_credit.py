@@ -111,14 +111,13 @@ def toy_responses(
     else:
         tokenizer = load_tokenizer(policy)
         _require_toy(policy, tokenizer.get_vocab())
-        samples = sample_responses(
+        rows = sample_responses(
             load_policy(policy, torch.float32),
             tokenizer,
             requests,
             max_response_tokens=max_response_tokens,
             seed=seed_of(seed, "credit samples"),
         )
-        rows = [sample.response_ids for sample in samples]
         texts = tokenizer.batch_decode(rows)
     return [
         ToyResponse(

@@ -8,7 +8,7 @@ from r3hf_ray.instruments.credit.toy_credit import ENOUGH_RESPONSES, LAMBDAS, Re
 from r3hf_ray.instruments.pages.coloured_answers import (
     TRUE_UNDERLINES,
     ColouredAnswer,
-    colour_row,
+    ColourRow,
     ending_of,
     in_order,
     known_credit_row,
@@ -120,7 +120,7 @@ def coloured_responses(
         gold, answer = responses[i].gold, scored[i]
         marks = [mark_of(credit) for credit in gold.tolist()]
         text = scored_text(answer, tokenizer, unit, marks=marks)
-        methods = [colour_row(method, facts_of(method).note, paid[method][i], scale=scale) for method in in_order(paid)]
+        methods = [ColourRow(method, facts_of(method).note, paid[method][i], scale=scale) for method in in_order(paid)]
         facts = [
             ("gold", f"{golds[i]:+.2f}"),
             ("score", f"{unit.of(answer.score):+.2f}"),

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,35 +19,55 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerText:
-    """The tokens of an answer and its curve of prefix scores; of a long one both ends (see `answer_text`)."""
+    """The tokens of an answer and its curve of prefix scores; what is left out of a long one is left out by `drawn`."""
 
     text: Sequence[str]
+    """Of each token."""
     id: Sequence[int]
-    gap: int
-    """Place of the first token after those left out."""
-    more: int
-    """How many are left out."""
+    """Of each token."""
     curve: Sequence[float]
+    """Score of everything up to each token."""
     start: float
-    marks: Sequence[int]
-    words: Sequence[str]
-    tags: Sequence[str]
-    title: str
-    note: str
+    """Score of the prompt alone."""
+    marks: Sequence[int] = ()
+    """For each token, 1 where it is known to help, -1 where it is known to hurt, else 0; empty: nothing is known."""
+    words: Sequence[str] = ()
+    """For each token, what is known of it; shown when it is pointed at."""
+    tags: Sequence[str] = ()
+    """For each token, words to put over it."""
+    title: str = ""
+    """What to call the answer where there are two."""
+    note: str = ""
+    """Beside the title."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ColourRow:
-    """One row of colours for an answer (see `colour_row`)."""
+    """One row of colours for an answer.
+
+    Example: ``ColourRow("r3hf", "each token earns what it adds", [0.4, 1.1], scale=1.1)``
+    """
 
     title: str
     note: str
-    values: Sequence[float] | None
-    total: float | None
+    """What it shows, for a reader who has not seen the code."""
+    values: Sequence[float] | np.ndarray | None
+    """One a token of the whole answer; None: only the answer's marks are shown."""
     scale: float
-    of: int
-    tagged: bool
-    own: bool
+    """Of full colour."""
+    of: int = 0
+    """Which of the answer's texts."""
+    tagged: bool = False
+    """Whether the text's tags stand over it."""
+    own: bool = False
+    """Whether the run was paid by it."""
+    summed: bool = True
+    """Whether the sum of the values means something."""
+
+    @property
+    def total(self) -> float | None:
+        """Sum of the values, of a row that has one."""
+        return math.fsum(self.values) if self.values is not None and self.summed else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,78 +81,25 @@ class ColouredAnswer:
     rows: Sequence[ColourRow]
 
 
-def answer_text(
-    tokens: Sequence[str],
-    ids: Sequence[int],
-    curve: Sequence[float] | np.ndarray,
-    *,
-    start: float,
-    marks: Sequence[int] = (),
-    words: Sequence[str] = (),
-    tags: Sequence[str] = (),
-    title: str = "",
-    note: str = "",
-) -> AnswerText:
-    """The shown part of an answer.
+def drawn(answer: ColouredAnswer) -> dict[str, Any]:
+    """What the script draws of an answer: its fields, of a long one both ends."""
 
-    Args:
-        tokens: text of each.
-        ids: of the tokens.
-        curve: score of everything up to each token.
-        start: score of the prompt alone.
-        marks: for each token, 1 where it is known to help, -1 where it is known to hurt, else 0.
-        words: for each token, what is known of it; shown when it is pointed at.
-        tags: for each token, words to put over it.
-        title: what to call the answer where there are two.
-        note: beside the title.
-    """
-    return AnswerText(
-        title=title,
-        note=note,
-        text=shown(tokens),
-        id=shown(ids),
-        gap=HEAD,
-        more=max(0, len(tokens) - HEAD - TAIL),
-        curve=[float(score) for score in shown(curve)],
-        start=start,
-        marks=shown(marks or [0] * len(tokens)),
-        words=shown(words or [""] * len(tokens)),
-        tags=shown(tags or [""] * len(tokens)),
-    )
+    def text(one: AnswerText) -> dict[str, Any]:
+        zeros, nothing = [0] * len(one.text), [""] * len(one.text)
+        filled = asdict(one) | {"marks": one.marks or zeros, "words": one.words or nothing, "tags": one.tags or nothing}
+        ends = {name: shown(filled[name]) for name in ("text", "id", "curve", "marks", "words", "tags")}
+        return filled | ends | {"gap": HEAD, "more": max(0, len(one.text) - HEAD - TAIL)}
 
+    def row(one: ColourRow) -> dict[str, Any]:
+        return asdict(one) | {"total": one.total, "values": None if one.values is None else shown(one.values)}
 
-def colour_row(
-    title: str,
-    note: str,
-    values: Sequence[float] | np.ndarray | None,
-    *,
-    scale: float,
-    of: int = 0,
-    tagged: bool = False,
-    own: bool = False,
-    summed: bool = True,
-) -> ColourRow:
-    """The shown part of a row.
-
-    Args:
-        title: of the row.
-        note: what it shows, for a reader who has not seen the code.
-        values: one a token of the whole answer; None: only the answer's marks are shown.
-        scale: of full colour.
-        of: which of the answer's texts.
-        tagged: whether the text's tags stand over it.
-        own: whether the run was paid by it.
-        summed: whether the sum of the values means something.
-    """
-    kept = None if values is None else [float(value) for value in shown(values)]
-    total = None if values is None or not summed else math.fsum(values)
-    return ColourRow(title=title, note=note, values=kept, total=total, scale=scale, of=of, tagged=tagged, own=own)
+    return asdict(answer) | {"texts": list(map(text, answer.texts)), "rows": list(map(row, answer.rows))}
 
 
 def known_credit_row(credit: Sequence[float] | np.ndarray) -> ColourRow:
     """The row of credit that is known, with a scale of its own."""
     scale = float(np.abs(credit).max()) or 1.0
-    return colour_row("known credit", "what each word is truly worth, on a scale of its own", credit, scale=scale)
+    return ColourRow("known credit", "what each word is truly worth, on a scale of its own", credit, scale=scale)
 
 
 def mark_of(credit: float) -> int:

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from r3hf_ray.instruments.pages.coloured_answers import drawn
 from r3hf_ray.instruments.pages.parts import Page, Table
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -36,7 +37,7 @@ def write_page(folder: Path, name: str, page: Page, numbers: Mapping[str, Any]) 
 
 def write_html(path: Path, page: Page, *, beside: str = "") -> Path:
     """Write the page alone; ``beside`` names files with its numbers. Returns the path."""
-    answers = [answer for section in page.sections for answer in section.answers]
+    answers = [drawn(answer) for section in page.sections for answer in section.answers]
     responses = [step for section in page.sections for step in section.responses]
     script, plotly = "".join((TEMPLATES / part).read_text() for part in SCRIPTS), get_plotlyjs()
     environment = Environment(

@@ -18,10 +18,9 @@ import torch
 from r3hf_ray.algorithms.redistribution import FUNCTIONS, PrefixScores, redistribute
 from r3hf_ray.algorithms.spans import ends_sentence
 from r3hf_ray.instruments.pages.coloured_answers import (
+    AnswerText,
     ColouredAnswer,
     ColourRow,
-    answer_text,
-    colour_row,
     ending_of,
     in_order,
     known_credit_row,
@@ -131,10 +130,10 @@ def _coloured(tokens: Tokens, payment: Payment, *, label: str) -> ColouredAnswer
     first, known = tokens[0], [token["gold_credit"] for token in tokens]
     knows = all(credit is not None for credit in known)
     curve = [(token["prefix_score"] - payment.mean) / payment.std for token in tokens]
-    text = answer_text(
-        [token["token"] for token in tokens],
-        [token["token_id"] for token in tokens],
-        curve,
+    text = AnswerText(
+        text=[token["token"] for token in tokens],
+        id=[token["token_id"] for token in tokens],
+        curve=curve,
         start=(first["prompt_score"] - payment.mean) / payment.std,
         marks=[mark_of(credit) for credit in known] if knows else (),
     )
@@ -148,12 +147,12 @@ def _coloured(tokens: Tokens, payment: Payment, *, label: str) -> ColouredAnswer
         ending_of(first["finish"] == "eos"),
     ]
     others = [
-        colour_row(name, facts_of(name).note, methods[name], scale=scale)
+        ColourRow(name, facts_of(name).note, methods[name], scale=scale)
         for name in in_order(methods)
         if payment.several or name != payment.mode
     ]
     parts = [
-        colour_row(name, "a model's part of that sum", [token[name] for token in tokens], scale=scale)
+        ColourRow(name, "a model's part of that sum", [token[name] for token in tokens], scale=scale)
         for name in first
         if name.startswith(PART)
     ]
@@ -167,4 +166,4 @@ def _own_row(rewards: np.ndarray, payment: Payment, scale: float) -> ColourRow:
     else:
         title = payment.mode.rpartition(":")[2]
         note = facts_of(payment.mode).note if payment.mode in METHODS else f"this run's own method, {payment.mode}"
-    return colour_row(title, note, rewards, scale=scale, own=True)
+    return ColourRow(title, note, rewards, scale=scale, own=True)

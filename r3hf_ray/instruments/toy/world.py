@@ -102,7 +102,7 @@ def _policy_texts(folder: Path, requests: list[ToyRequest], toy: ToySection) -> 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     seed = seed_of(toy.seed, "toy policy samples")
     samples = sample_responses(model, tokenizer, requests, max_response_tokens=toy.max_response_tokens, seed=seed)
-    texts: list[str] = tokenizer.batch_decode([sample.response_ids for sample in samples])
+    texts: list[str] = tokenizer.batch_decode(samples)
     return texts
 
 

@@ -98,14 +98,14 @@ def test_several_models_are_shown_with_their_parts(tmp_path: Path) -> None:
 def test_known_credit_is_underlined_and_has_a_row(tmp_path: Path) -> None:
     (answer,) = answers_of(tmp_path, response(gold_credit=[1.0, 0.0, -0.5, 0.0, 0.0]))
     (text,) = answer.texts
-    assert text.marks == [1, 0, -1, 0, 0] and answer.rows[0].values == [1.0, 0.0, -0.5, 0.0, 0.0]
+    assert list(text.marks) == [1, 0, -1, 0, 0] and answer.rows[0].values == [1.0, 0.0, -0.5, 0.0, 0.0]
     assert titles(answer)[0] == "known credit" and answer.rows[0].total == 0.5
     assert not answer.rows[0].own and answer.rows[1].own
 
 
 def test_without_known_credit_nothing_is_underlined(tmp_path: Path) -> None:
     (answer,) = answers_of(tmp_path, response())
-    assert "known credit" not in titles(answer) and answer.texts[0].marks == [0] * 5
+    assert "known credit" not in titles(answer) and not answer.texts[0].marks
 
 
 def test_the_curve_starts_at_the_prompt_and_ends_at_the_score(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from r3hf_ray.instruments.toy.language import EOS, read_request
-from r3hf_ray.instruments.toy.sampling import ToySample, sample_responses
+from r3hf_ray.instruments.toy.sampling import render_prompt, sample_responses
 from r3hf_ray.instruments.toy.settings import ToySection
 from r3hf_ray.instruments.toy.world import make_ranked, make_world, noisy_pairs
 
@@ -88,19 +88,18 @@ def test_samples_stop_at_eos_and_are_seeded(world: Path) -> None:
     model, tokenizer = load_base(world)
     request = read_request("gardening no-slang politely")
 
-    def sample() -> list[ToySample]:
+    def sample() -> list[list[int]]:
         return sample_responses(model, tokenizer, [request] * 50, max_response_tokens=12, seed=0, batch_size=30)
 
     samples = sample()
-    finished = [tokenizer.eos_token_id in sample.response_ids for sample in samples]
+    finished = [tokenizer.eos_token_id in sample for sample in samples]
     assert len(samples) == 50
     assert 0 < sum(finished) < 50
     for sampled, ended in zip(samples, finished, strict=True):
-        assert sampled.response_ids.count(tokenizer.eos_token_id) == ended
-        assert sampled.response_ids[-1] == tokenizer.eos_token_id if ended else len(sampled.response_ids) == 12
-        assert tokenizer.decode(sampled.prompt_ids) == "<bos> gardening no-slang politely :"
+        assert sampled.count(tokenizer.eos_token_id) == ended
+        assert sampled[-1] == tokenizer.eos_token_id if ended else len(sampled) == 12
     assert sample() == samples
-    assert len({tuple(sampled.response_ids) for sampled in samples}) == 50
+    assert len({tuple(sampled) for sampled in samples}) == 50
 
 
 def test_samples_follow_the_policy(world: Path) -> None:
@@ -111,12 +110,12 @@ def test_samples_follow_the_policy(world: Path) -> None:
         model.lm_head.weight[tokenizer.eos_token_id] = 0.0
     for text in ("gardening no-slang politely", "baking no-jokes casually"):
         (sampled,) = sample_responses(model, tokenizer, [read_request(text)], max_response_tokens=10, seed=0)
-        ids = list(sampled.prompt_ids)
+        ids = render_prompt(tokenizer, read_request(text))
         while len(ids) < 15 and ids[-1] != tokenizer.eos_token_id:
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
             logits[[tokenizer.bos_token_id, tokenizer.pad_token_id]] = -math.inf
             ids.append(int(logits.argmax()))
-        assert ids[5:] == sampled.response_ids
+        assert ids[5:] == sampled
 
 
 def test_samples_hold_no_control_token_but_the_end(world: Path) -> None:
@@ -124,5 +123,5 @@ def test_samples_hold_no_control_token_but_the_end(world: Path) -> None:
     model, tokenizer = load_base(world)
     requests = [read_request("gardening no-slang politely")] * 100
     samples = sample_responses(model, tokenizer, requests, max_response_tokens=48, seed=0)
-    ids = {token for sample in samples for token in sample.response_ids}
+    ids = {token for sample in samples for token in sample}
     assert tokenizer.eos_token_id in ids and not ids & {tokenizer.bos_token_id, tokenizer.pad_token_id}

@@ -141,6 +141,17 @@ class PPOConfig(Command):
                 "critic.init = reward_model starts at the reward model's scores: model.reward_weight must be above 0",
             ),
             (
+                self.model.attention != "flash_attention_2"
+                or all(
+                    part.dtype == "bfloat16" and gpus > 0
+                    for part, gpus in (
+                        (self.learner, self.learner.gpus_per_rank),
+                        (self.reward, self.reward.gpus_per_actor),
+                    )
+                ),
+                "model.attention = flash_attention_2 needs GPUs and dtype = bfloat16 in [learner] and in [reward]",
+            ),
+            (
                 self.critic.init != "sft" or self.critic.source is None,
                 "critic.init = sft starts from the policy and does not read critic.source: leave one of them out",
             ),

@@ -187,6 +187,7 @@ def test_one_sentence_for_a_wrong_field(tmp_path: Path, text: str, sentence: str
             ["--model.reward_weight", "0", "--model.cost", "c", *FIXED, "--cost.multiplier", "0"],
             ["model.reward_weight = 0 leaves no model"],
         ),
+        (["--model.attention", "flash_attention_2", "--learner.dtype", "bfloat16"], ["flash_attention_2 needs GPUs"]),
         (["--model.cost", "c"], ["cost.limit must be set", "cost.multiplier_lr = 0"]),
         (["--critic.init", "sft", "--critic.source", "s"], ["critic.init = sft", "does not read critic.source"]),
         (

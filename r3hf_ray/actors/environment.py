@@ -24,7 +24,11 @@ VLLM_ON_CPU = VLLM | {
     "TORCHDYNAMO_DISABLE": "1",
 }
 
-ACTORS = QUIET | KEEP_MEMORY
+CUDA = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
+"""On compute capability 9 torch puts cuDNN's attention first, which builds a plan for each new shape of a batch: 1 to 3
+s, most of a step where every step has new ones."""
+
+ACTORS = QUIET | KEEP_MEMORY | CUDA
 
 
 def of_threads(threads: int, *, cpus: float, overlap: bool) -> dict[str, str]:

@@ -96,7 +96,7 @@ def load_judge(source: str, *, attention: bool = False) -> Judge:
     folder = ModelFolder(source, "reward model")
     suffix = tuple(pooling_suffix(source, folder.tokenizer, "auto"))
     settings = ReaderSettings(
-        source=source, suffix_ids=suffix, attention=attention, dtype=torch.float32, device=str(_device())
+        source=source, suffix_ids=suffix, maps=attention, dtype=torch.float32, device=str(_device())
     )
     return Judge(
         source=source,
@@ -121,7 +121,7 @@ def untrained(judge: Judge, *, seed: int) -> Judge:
         )
         head = score_head(model)
         nn.init.normal_(head.weight, std=head.in_features**-0.5)  # a fresh running-sum head is 0
-    return replace(judge, reader=SameIds(replace(judge.reader.settings, attention=False), model.eval()))
+    return replace(judge, reader=SameIds(replace(judge.reader.settings, maps=False), model.eval()))
 
 
 @torch.inference_mode()

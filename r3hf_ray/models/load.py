@@ -10,57 +10,60 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
 from r3hf_ray.errors import ModelError
+from r3hf_ray.models import attention as attending
+from r3hf_ray.models.attention import PROBE_TOKENS, TOLERANCE, Attention, close, hidden_as_made, hidden_states, probe
 from r3hf_ray.models.folder import check_folder, first_line, load_tokenizer, read_config, unknown_ids
 from r3hf_ray.models.running_sum import RunningSumConfig, RunningSumForSequenceClassification, running_sum
 
-CAUSALITY_TOKENS = 16
-"""Length of the random sequence that `require_causal` reads. [tokens]"""
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
-"""Largest difference of two ways through one model, in parts of the largest value; their rounding differs."""
 MASKED = -1e9
 """Logit of an id that is no token: its probability is 0, and so is its part of an entropy, which -inf would spoil."""
 _CLASSIFIER_HEADS = ("score.", "token_score.", "classifier.")
 
 
-def load_policy(source: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_policy(source: str | Path, dtype: torch.dtype, *, attention: Attention = "auto") -> PreTrainedModel:
     """A causal language model in eval mode (no dropout), on the CPU; it gives ids that are no token no probability.
+
+    Args:
+        source: folder or hub name.
+        dtype: of the weights.
+        attention: as in `load_reward_model`.
 
     Raises:
         ModelError: it cannot be loaded, weights are missing, it is a classifier, or its logits are more than
             `lm_head(hidden)`: logprobs project the response's hidden states only, so soft-capped or scaled logits would
             come out wrong.
     """
-    model, report = _load(AutoModelForCausalLM, source, dtype, "policy")
+    model, report = _load(AutoModelForCausalLM, source, dtype, "policy", attention)
     heads = [key for key in sorted(report["unexpected_keys"]) if key.startswith(_CLASSIFIER_HEADS)]
     if heads:
         raise ModelError(f"{source}: holds {heads[0]}, so it is a reward model and no policy; name a language model")
     with torch.no_grad():
-        ids, mask = _probe(model)
-        ours = model.get_output_embeddings()(_hidden_as_made(model, ids, mask))
+        ids, mask = probe(model)
+        ours = model.get_output_embeddings()(hidden_as_made(model, ids, mask))
         said = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    if not _close(ours, said, TOLERANCE[dtype] / 10):
+    if not close(ours, said, TOLERANCE[dtype] / 10):
         raise ModelError(f"{source}: it caps or scales its logits behind lm_head, which is not supported")
     _mask_unknown(model, source)
+    attending.settle(model, source, attention)
     return model
 
 
-def load_reward_model(source: str | Path, dtype: torch.dtype, *, attention: str | None = None) -> PreTrainedModel:
+def load_reward_model(source: str | Path, dtype: torch.dtype, *, attention: Attention = "auto") -> PreTrainedModel:
     """A sequence classifier with one label in eval mode; trunk in ``dtype``, its ``score`` head always in float32.
 
     Args:
         source: folder or hub name.
         dtype: of the trunk.
-        attention: "eager", the one that can return its attention maps; None: the fastest that keeps the scores.
+        attention: "eager", the one that can return its attention maps; "auto": the fastest that keeps the scores.
 
     Raises:
         ModelError: it cannot be loaded, has another number of labels, lacks trained weights, is no decoder with a
@@ -72,33 +75,39 @@ def load_reward_model(source: str | Path, dtype: torch.dtype, *, attention: str 
         raise ModelError(f"{source}: a reward model has one label, this has {labels}; train one with `r3hf reward`")
     model, _ = _load(AutoModelForSequenceClassification, source, dtype, "reward model", attention)
     _require_own_scores(model)
+    attending.settle(model, source, attention)
     return model
 
 
-def untrained_reward_model(source: str | Path, *, head: str) -> PreTrainedModel:
+def untrained_reward_model(source: str | Path, *, head: str, attention: Attention = "auto") -> PreTrainedModel:
     """A base model's trunk under a fresh score head, in float32 on the CPU, to be trained as a reward model.
 
     Args:
         source: any base; a reward model with this very kind of head keeps its own.
         head: "last_token" (random, read at the last token) or "running_sum" (zero, summed over all tokens).
+        attention: as in `load_reward_model`.
 
     Raises:
         ModelError: it cannot be loaded, or it is a running-sum reward model and the other kind is asked for.
     """
     check_folder(source, "base model")
     config = read_config(source, "base model")
-    sums, options = isinstance(config, RunningSumConfig), {"dtype": torch.float32, **_attention(config)}
+    asked = attending.options(config, source, attention)
+    sums, options = isinstance(config, RunningSumConfig), {"dtype": torch.float32, **asked}
     if sums and head != "running_sum":
         wanted = 'set reward_training.head = "running_sum", or name another base'
         raise ModelError(f"{source}: a reward model whose head is a running sum; {wanted}")
     if sums or head == "last_token":
-        return _weights(AutoModelForSequenceClassification, source, "base model", num_labels=1, **options)
+        model = _weights(AutoModelForSequenceClassification, source, "base model", num_labels=1, **options)
+        attending.settle(model, source, attention)
+        return model
     trunk = _weights(AutoModel, source, "base model", **options)
     sum_config = RunningSumConfig(text_config=trunk.config, attn_implementation=trunk.config._attn_implementation)
     with torch.device("meta"):
         model = RunningSumForSequenceClassification(sum_config)
     model.model = trunk
     nn.init.zeros_(model.token_score.to_empty(device="cpu").weight)
+    attending.settle(model, source, attention)
     return model
 
 
@@ -130,12 +139,6 @@ def require_score_head(source: str | Path) -> None:
     score_head(model)
 
 
-def hidden_states(model: PreTrainedModel, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states ``[B, T, H]`` of a model's trunk, without any head."""
-    trunk = model.base_model
-    return trunk(input_ids=token_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-
-
 @torch.no_grad()
 def require_causal(model: PreTrainedModel, vocab_size: int) -> None:
     """Change the last token of a random sequence: no earlier hidden state may move.
@@ -146,7 +149,7 @@ def require_causal(model: PreTrainedModel, vocab_size: int) -> None:
         ModelError: an earlier state moved, so the model looks ahead.
     """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size, (1, CAUSALITY_TOKENS), generator=generator).to(model.device)
+    ids = torch.randint(vocab_size, (1, PROBE_TOKENS), generator=generator).to(model.device)
     other = ids.clone()
     other[0, -1] = (other[0, -1] + 1) % vocab_size
     mask = torch.ones_like(ids)
@@ -159,11 +162,11 @@ def require_causal(model: PreTrainedModel, vocab_size: int) -> None:
 
 
 def _load(
-    auto_class: Any, source: str | Path, dtype: torch.dtype, kind: str, attention: str | None = None
+    auto_class: Any, source: str | Path, dtype: torch.dtype, kind: str, attention: Attention
 ) -> tuple[PreTrainedModel, dict[str, set[str]]]:
     """The model in eval mode, and what transformers says of the keys in its files."""
     check_folder(source, kind)
-    asked = {"attn_implementation": attention} if attention else _attention(read_config(source, kind))
+    asked = attending.options(read_config(source, kind), source, attention)
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **asked}
     model, report = _weights(auto_class, source, kind, **options)
     if report["missing_keys"]:
@@ -172,56 +175,23 @@ def _load(
     return model.eval(), report
 
 
-def _attention(config: PreTrainedConfig) -> dict[str, str]:
-    """What to ask of transformers: its choice is SDPA, which leaves soft-capping out without a word."""
-    said = config.get_text_config().to_dict()
-    capped = any(value and "attn" in name and "softcap" in name for name, value in said.items())
-    return {"attn_implementation": "eager"} if capped else {}
-
-
-def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Ids from all over the vocabulary, the last one no padding, and their mask."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(1, CAUSALITY_TOKENS + 1) * rows // (CAUSALITY_TOKENS + 1)
-    ids[-1] -= int(ids[-1] == model.config.get_text_config().pad_token_id)
-    return ids[None], torch.ones_like(ids)[None]
-
-
-def _hidden_as_made(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states under the attention that transformers has chosen, or under the plain one where that is another."""
-    chosen, fast = model.config._attn_implementation, hidden_states(model, ids, mask)
-    if chosen == "eager":
-        return fast
-    model.set_attn_implementation("eager")
-    plain = hidden_states(model, ids, mask)
-    if not _close(fast, plain, TOLERANCE[model.dtype]):
-        return plain
-    model.set_attn_implementation(chosen)
-    return fast
-
-
 @torch.no_grad()
 def _require_own_scores(model: PreTrainedModel) -> None:
     """Refuse a reward model whose own score of a probe is not what its head says at the last token, or summed."""
-    head, (ids, mask) = score_head(model), _probe(model)
+    head, (ids, mask) = score_head(model), probe(model)
     head.float()  # a head that is read in float32 is one already
-    scores = head(_hidden_as_made(model, ids, mask).float())[..., 0]
+    scores = head(hidden_as_made(model, ids, mask).float())[..., 0]
     if isinstance(model, RunningSumForSequenceClassification):
         scores = running_sum(scores, mask)
     with head.register_forward_pre_hook(lambda _, given: (given[0].float(),)):
         said = model(input_ids=ids, attention_mask=mask).logits
     own = torch.cat([scores[:, :-1], said], dim=1)  # the others say how large scores are
-    if not _close(scores, own, TOLERANCE[model.dtype]):
+    if not close(scores, own, TOLERANCE[model.dtype]):
         raise ModelError(
             f"{model.name_or_path}: its own score of a probe is {said.item():.4g}, and its head says "
             f"{scores[0, -1]:.4g} at the last token, so it reads a sequence in another way; use a model that scores at "
             "the last token"
         )
-
-
-def _close(ours: Tensor, said: Tensor, tolerance: float) -> bool:
-    scale = float(said.float().nan_to_num().abs().max())
-    return torch.allclose(ours.float(), said.float(), rtol=0.0, atol=tolerance * scale, equal_nan=True)
 
 
 def _mask_unknown(model: PreTrainedModel, source: str | Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from r3hf_ray.models.load import hidden_states
+from r3hf_ray.models.attention import hidden_states
 
 CHUNK = 1024
 """Response tokens whose logits exist at one time, where nothing else is said. [tokens]"""

@@ -7,7 +7,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from r3hf_ray.models.load import hidden_states, load_policy, load_reward_model, score_head
+from r3hf_ray.models.attention import Attention, hidden_states
+from r3hf_ray.models.load import load_policy, load_reward_model, score_head
 from r3hf_ray.models.running_sum import RunningSumForSequenceClassification, running_sum, state_size
 
 
@@ -60,17 +61,23 @@ def state_values(
     return before.masked_fill(~response_mask, 0.0)
 
 
-def critic_from_policy(source: str | Path, dtype: torch.dtype) -> Critic:
+def critic_from_policy(source: str | Path, dtype: torch.dtype, *, attention: Attention = "auto") -> Critic:
     """The policy's trunk with a zero head.
 
     Raises:
         ModelError: the policy cannot be loaded.
     """
-    return Critic(load_policy(source, dtype).base_model).eval()
+    return Critic(load_policy(source, dtype, attention=attention).base_model).eval()
 
 
 def critic_from_reward_model(
-    source: str | Path, dtype: torch.dtype, *, keep_head: bool, mean: float, scale: float
+    source: str | Path,
+    dtype: torch.dtype,
+    *,
+    keep_head: bool,
+    mean: float,
+    scale: float,
+    attention: Attention = "auto",
 ) -> Critic:
     """The reward model's trunk with a zero head, or with its score head.
 
@@ -81,12 +88,13 @@ def critic_from_reward_model(
             a running-sum head goes on adding up. Without it values start at 0, and ``mean`` and ``scale`` have no use.
         mean: mean of the sequence reward under the initial policy.
         scale: its standard deviation, > 0.
+        attention: of the trunk.
 
     Raises:
         ModelError: the reward model cannot be loaded.
         ValueError: ``keep_head`` and ``scale`` is not positive.
     """
-    model = load_reward_model(source, dtype)
+    model = load_reward_model(source, dtype, attention=attention)
     if not keep_head:
         return Critic(model.base_model).eval()
     summed, head = isinstance(model, RunningSumForSequenceClassification), score_head(model)

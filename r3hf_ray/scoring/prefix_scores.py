@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from r3hf_ray.algorithms.redistribution import PrefixScores
 from r3hf_ray.errors import ModelError
-from r3hf_ray.models.load import hidden_states, score_head
+from r3hf_ray.models.attention import hidden_states
+from r3hf_ray.models.load import score_head
 from r3hf_ray.models.running_sum import RunningSumForSequenceClassification, running_sum
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from r3hf_ray.algorithms.alignment import align
 from r3hf_ray.algorithms.batching import pad_sequences
 from r3hf_ray.algorithms.redistribution import PrefixScores
+from r3hf_ray.models.attention import Attention
 from r3hf_ray.models.load import load_reward_model, require_causal
 from r3hf_ray.scoring.prefix_scores import prefix_scores, prefix_scores_and_attention
 from r3hf_ray.scoring.translation import Translator
@@ -84,7 +85,9 @@ class ReaderSettings:
     source: str
     suffix_ids: tuple[int, ...]
     """Read behind the last token of a finished row, before pooling."""
-    attention: bool = False
+    attention: Attention = "auto"
+    """Which implementation, where no maps are asked for, which only the plain one returns."""
+    maps: bool = False
     """Whether the attention of the last token is asked for too."""
     prefixes: bool = True
     """Whether the scores of prefixes matter, so that the model must be causal."""
@@ -109,7 +112,7 @@ class SameIds:
         """
         self.settings = settings
         model = model or load_reward_model(
-            settings.source, settings.dtype, attention="eager" if settings.attention else None
+            settings.source, settings.dtype, attention="eager" if settings.maps else settings.attention
         )
         self.model: PreTrainedModel = model.to(settings.device)
         if settings.prefixes:
@@ -118,7 +121,7 @@ class SameIds:
     def read(self, batch: Sampled) -> Reading:
         """Its scores of every prefix, and its attention where that is asked for."""
         suffix_ids, attention = list(self.settings.suffix_ids), None
-        if self.settings.attention:
+        if self.settings.maps:
             scores, attention = prefix_scores_and_attention(
                 self.model, *batch.arrays, suffix_ids=suffix_ids, finished=batch.finished
             )

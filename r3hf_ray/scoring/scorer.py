@@ -74,7 +74,7 @@ class Scorer:
             name: _reader(source, settings.reads.get(name, RewardModel()), settings, make_reader)
             for name, source in settings.model.reward_sources.items()
         }
-        self._reference = load_policy(reference, dtype).to(settings.device)
+        self._reference = load_policy(reference, dtype, attention=settings.model.attention).to(settings.device)
         self._bind = bind_method(settings.reward, settings.model.policy)
         self._gold = load_gold(settings.reward.gold) if settings.reward.gold else None
         self._tokenizer = load_tokenizer(settings.model.policy) if settings.reward.gold else None
@@ -181,7 +181,8 @@ def _reader(source: str, model: RewardModel, settings: ScoringSettings, make_rea
         ReaderSettings(
             source=source,
             suffix_ids=behind,
-            attention="attention" in facts.needs,
+            attention=settings.model.attention,
+            maps="attention" in facts.needs,
             prefixes=facts.reads_prefixes,
             dtype=DTYPES[settings.reward.dtype],
             device=settings.device,

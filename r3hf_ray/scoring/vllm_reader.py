@@ -51,7 +51,7 @@ class VllmReader:
             ModelError: transformers cannot load the model, vLLM cannot run it or has no room for the longest row, or
                 the largest difference of their scores is above `BOUNDS`.
         """
-        require_readable(settings.source, attention=settings.attention)
+        require_readable(settings.source, attention=settings.maps)
         self._settings = settings
         batch = probe(settings)
         expected = SameIds(settings).read(batch).scores

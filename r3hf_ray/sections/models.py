@@ -16,6 +16,9 @@ class BaseModelSection(Section):
     """Local folder or hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of training."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Implementation of attention: `auto` is the fastest of transformers' own that gives the scores of the plain one
+    (`eager`, which soft-capped models need); `flash_attention_2` needs its package, GPUs and bfloat16."""
 
 
 class FurtherModel(Section):
@@ -45,6 +48,9 @@ class ModelSection(Section):
     """A reward model of harm, more being worse: `[cost]` says what its score costs."""
     reference: str | None = None
     """The frozen reference of the KL penalty; the initial policy when left out."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Implementation of attention in all of them: `auto` is the fastest of transformers' own that gives the scores of
+    the plain one (`eager`, which soft-capped models need); `flash_attention_2` needs its package, GPUs and bfloat16."""
 
     @field_validator("rewards")
     @classmethod

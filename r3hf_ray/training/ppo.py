@@ -82,7 +82,7 @@ class PPOLearner:
         self.kl_coef, self.multiplier = config.ppo.kl_coef, config.cost.multiplier
         folder = ModelFolder(config.model.policy, "policy")
         self.tokenizer, self._pad_id = folder.tokenizer, folder.pad_id
-        loaded = load_policy(config.model.policy, torch.float32)
+        loaded = load_policy(config.model.policy, torch.float32, attention=config.model.attention)
         self.policy = Policy(loaded, chunk=config.learner.logits_chunk).eval().to(self.device)
         folder.name_ends(self.policy.model)
         self.critic = _load_critic(config, scale).eval().to(self.device) if config.has_critic else None
@@ -332,7 +332,7 @@ class PPOLearner:
 
 def _load_critic(config: PPOConfig, scale: RewardScale) -> Critic:
     if config.critic_init == "sft":
-        return critic_from_policy(config.model.policy, torch.float32)
+        return critic_from_policy(config.model.policy, torch.float32, attention=config.model.attention)
     keep_head = config.critic_init == "reward_model"
     return critic_from_reward_model(
         config.critic.source or config.model.reward_model,
@@ -340,4 +340,5 @@ def _load_critic(config: PPOConfig, scale: RewardScale) -> Critic:
         keep_head=keep_head,
         mean=scale.mean,
         scale=scale.scale / config.model.reward_weight if keep_head else 1.0,
+        attention=config.model.attention,
     )

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from r3hf_ray.algorithms.batching import pad_sequences
 from r3hf_ray.draws import seed_of, stream_row
-from r3hf_ray.models.load import hidden_states
+from r3hf_ray.models.attention import hidden_states
 from r3hf_ray.models.sharding import all_reduce_sum
 from r3hf_ray.scoring.prefix_scores import scores_of_parts
 from r3hf_ray.types import RankedGroup

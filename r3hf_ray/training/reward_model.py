@@ -113,7 +113,9 @@ def _start(config: RewardConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     """The base model's trunk under a fresh score head, the same on every rank; weights stay float32 in training."""
     set_seed(config.run.seed)
     base = ModelFolder(config.model.base, "base model")
-    model = untrained_reward_model(config.model.base, head=config.reward_training.head)
+    model = untrained_reward_model(
+        config.model.base, head=config.reward_training.head, attention=config.model.attention
+    )
     base.settle_tokens(model)
     return model, base.tokenizer
 

@@ -45,7 +45,7 @@ def train_policy(
     from trl import SFTTrainer
 
     base = ModelFolder(config.model.base, "base model")
-    model = load_policy(config.model.base, torch.float32)
+    model = load_policy(config.model.base, torch.float32, attention=config.model.attention)
     base.settle_tokens(model)
     model.train()
     settings = arguments(config.sft, config.trainer, config.model, seed=config.run.seed, folder=folder.parent)

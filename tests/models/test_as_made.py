@@ -19,8 +19,9 @@ from transformers import (
 
 from r3hf_ray.errors import ModelError
 from r3hf_ray.instruments.scored_answers import Answer, load_judge, score_answers, untrained
+from r3hf_ray.models.attention import hidden_states
 from r3hf_ray.models.folder import ModelFolder
-from r3hf_ray.models.load import hidden_states, load_policy, load_reward_model, score_head, untrained_reward_model
+from r3hf_ray.models.load import load_policy, load_reward_model, score_head, untrained_reward_model
 from r3hf_ray.models.logprobs import token_logprobs, token_logprobs_and_entropy
 from r3hf_ray.models.values import critic_from_policy, critic_from_reward_model
 from r3hf_ray.scoring.prefix_scores import prefix_scores

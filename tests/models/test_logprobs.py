@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from r3hf_ray.models.load import hidden_states, load_policy
+from r3hf_ray.models.attention import hidden_states
+from r3hf_ray.models.load import load_policy
 from r3hf_ray.models.logprobs import Policy, token_logprobs, token_logprobs_and_entropy
 from r3hf_ray.models.sharding import make_mesh, shard
 

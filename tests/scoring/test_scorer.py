@@ -236,7 +236,7 @@ def test_another_backend_reads_the_same_samples(settings: ScoringSettings) -> No
     scorer = Scorer(changed(settings, dtype="bfloat16"), make_reader=HalfRead)
     asked = scorer._readers[MAIN].settings
     assert (asked.source, asked.suffix_ids) == (settings.model.reward_model, SUFFIX)
-    assert (asked.attention, asked.prefixes) == (False, True)
+    assert (asked.maps, asked.prefixes) == (False, True)
     assert (asked.dtype, asked.device) == (torch.bfloat16, "cpu")
     ended, cut, short, long = scorer.score(ALL)
     assert ended.main.token_rewards.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]

@@ -105,5 +105,7 @@ def _needs_mask(model: PreTrainedModel) -> bool:
 
 
 def _without_mask(trunk: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Only where nothing is generated: prompts of a batch that goes on are padded on the left."""
-    return given, named | ({"attention_mask": None} if named.get("use_cache") is False else {})
+    """Only where no row is padded on the left, as the prompts of generation are."""
+    mask = named.get("attention_mask")
+    drops = mask is not None and named.get("use_cache") is False and bool(mask[:, 0].all())
+    return given, named | ({"attention_mask": None} if drops else {})

@@ -14,6 +14,11 @@ from r3hf_ray.types import MAIN, Finish, ModelScores, ScoredTrajectory
 
 T = TypeVar("T")
 
+LIKE = 0.7
+"""A row shorter than this share of a microbatch's longest starts the next one. [share]"""
+WORTH_A_FORWARD = 512
+"""Padded tokens of a microbatch before it is parted so: below, padding costs less than another forward. [tokens]"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchScores:
@@ -176,10 +181,11 @@ def pad_rows(rows: Sequence[np.ndarray], *, fill: int | float) -> Tensor:
 
 
 def microbatches(lengths: Sequence[int], *, budget_tokens: int) -> list[list[int]]:
-    """Split rows into groups whose padded size (rows x longest) is at most ``budget_tokens``.
+    """Split rows into groups of like length whose padded size (rows x longest) is at most ``budget_tokens``.
 
     Every index appears exactly once. A row longer than the budget stands alone. Rows are grouped by length, longest
-    first, so that little is padding and memory is short on the first microbatch or never.
+    first, so that little is padding and memory is short on the first microbatch or never; a row shorter than `LIKE`
+    times the longest starts a new group, where the one before is `WORTH_A_FORWARD`.
 
     Example: lengths ``[3, 9, 4, 8]`` and a budget of 16 tokens -> ``[[1], [3, 2], [0]]``.
 
@@ -189,11 +195,22 @@ def microbatches(lengths: Sequence[int], *, budget_tokens: int) -> list[list[int
     """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget_tokens:
+        longest, rows = (lengths[groups[-1][0]], len(groups[-1])) if groups else (0, 0)
+        if rows and joins(lengths[index], rows, longest) and (rows + 1) * longest <= budget_tokens:
             groups[-1].append(index)
         else:
             groups.append([index])
     return groups
+
+
+def joins(length: int, rows: int, longest: int) -> bool:
+    """Whether a row of ``length`` is worth its padding in a microbatch of ``rows`` rows, as long as ``longest``."""
+    return length >= LIKE * longest or rows * longest < WORTH_A_FORWARD
+
+
+def padded_tokens(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> int:
+    """Tokens that forwards of ``groups`` compute, padding included."""
+    return sum(len(group) * max(lengths[i] for i in group) for group in groups)
 
 
 def masked_filler(batch: Batch) -> Batch:

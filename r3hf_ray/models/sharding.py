@@ -22,6 +22,10 @@ BLOCKS_ABOVE = 100_000_000
 save (0.32 against 0.2 s a step on a toy)."""
 
 
+WHOLE_GRADIENT_BYTES = 2 * 2**30
+"""`auto` lets each rank hold a whole gradient of up to this size between microbatches. [bytes]"""
+
+
 def make_mesh(world_size: int, device_type: str) -> DeviceMesh:
     """A one-dimensional mesh over all ranks; for one rank outside of any group, over a group of its own.
 
@@ -72,6 +76,20 @@ def shard(
         if isinstance(part, FSDPModule):  # neither setter reaches child modules
             part.set_force_sum_reduction_for_comms(True)  # first: gloo has no PREMUL_SUM
             part.set_gradient_divide_factor(1.0)
+
+
+def reduce_gradients(module: nn.Module, last: bool, when: str) -> None:
+    """Say before a backward whether ranks add up their gradients after it, or keep them whole for the next one.
+
+    Args:
+        module: sharded or not.
+        last: it is the last backward before an optimizer step.
+        when: "microbatch", "minibatch", or "auto", which decides by size.
+    """
+    if isinstance(module, FSDPModule):
+        whole = sum(p.numel() * p.element_size() for p in module.parameters())
+        once = when == "minibatch" or (when == "auto" and whole <= WHOLE_GRADIENT_BYTES)
+        module.set_requires_gradient_sync(last or not once)
 
 
 def checkpoint_activations(module: nn.Module) -> None:

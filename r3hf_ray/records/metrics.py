@@ -105,6 +105,7 @@ METRICS: dict[str, Metric] = {
     "time/train_critic": Metric("s", "Learner: critic updates."),
     "time/sync": Metric("s", "Learner: gather, fingerprint and publish the new weights."),
     "perf/tokens_per_sec": Metric("tokens/s", "Response tokens trained on, a second of wall clock."),
+    "perf/padding": Metric("ratio", "Padded tokens that the updates computed, a real one; 1 is none."),
     "eval/heldout/score/mean": Metric("score", "Reward model's score on held-out prompts."),
     "eval/heldout/cost/score/mean": Metric("cost", "Cost model's score on held-out prompts."),
     "eval/heldout/gold/mean": Metric("gold", "Independent judge's score on held-out prompts."),

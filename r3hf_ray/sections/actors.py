@@ -88,6 +88,9 @@ class LearnerSection(Section):
     takes up to four times chunk x vocabulary x 4 bytes. [tokens]"""
     shard_blocks: Literal["auto", "always", "never"] = "auto"
     """Shard each decoder block apart, or the root only; `auto`: blocks above 100M parameters."""
+    reduce_gradients: Literal["auto", "microbatch", "minibatch"] = "auto"
+    """When ranks add their gradients up: after each microbatch, or once an optimizer step, for which each rank holds
+    the whole gradient in float32; `auto`: once, where that is at most 2 GiB."""
     checkpoint_every: NonNegative = 20
     """Steps between sharded checkpoints; 0: only at the end. [steps]"""
     keep_checkpoints: Positive = 2

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 
 from r3hf_ray.algorithms.batching import microbatches
 from r3hf_ray.models.sharding import all_reduce_max, all_reduce_sum
@@ -29,6 +31,13 @@ class Minibatch:
     """Response tokens over all ranks."""
     num_responses: int
     """Responses over all ranks."""
+
+    @property
+    def padding(self) -> Int64[Tensor, "2"]:
+        """Tokens that this rank's forwards compute, and how many of them are no padding."""
+        masks = [share.batch.attention_mask for share in self.microbatches]
+        padded = torch.tensor(sum(mask.numel() for mask in masks), device=masks[0].device)
+        return torch.stack([padded, torch.stack([mask.sum() for mask in masks]).sum()])
 
 
 def plan_minibatches(

@@ -28,6 +28,7 @@ from r3hf_ray.models.sharding import (
     checkpoint_activations,
     full_parameters,
     grad_norm,
+    reduce_gradients,
     scale_gradients,
     shard,
 )
@@ -216,10 +217,12 @@ class PPOLearner:
             with self._timed(f"train_{name}"):
                 of_model, norms[name] = self._backward(module, *self._share_of(name, minibatch), minibatch)
             sums |= {f"{name}/{key}": value[None] for key, value in of_model.items()}
+        sums["padding"] = minibatch.padding
         maxima = {"policy/ratio/max": sums.pop("policy/ratio_max")[0]}
         added, largest = reduce_named(sums, maxima)
+        padded, real = added.pop("padding")
         metrics = {name: value / minibatch.num_tokens for name, (value,) in added.items()} | largest
-        metrics |= {f"{name}/loss": added[f"{name}/loss"][0] for name in norms}
+        metrics |= {f"{name}/loss": added[f"{name}/loss"][0] for name in norms} | {"perf/padding": padded / real}
         metrics |= {f"{name}/grad_norm": norm for name, norm in norms.items()}
         metrics["policy/ratio/mean"] = metrics.pop("policy/ratio")
         self._require_finite(metrics, minibatch, experience)
@@ -242,7 +245,8 @@ class PPOLearner:
     ) -> tuple[dict[str, Tensor], float]:
         """Gradients of all microbatches; sums of this rank's metrics, and the global gradient norm."""
         sums: dict[str, Tensor] = {}
-        for microbatch in minibatch.microbatches:
+        for number, microbatch in enumerate(minibatch.microbatches, 1):
+            reduce_gradients(module, number == len(minibatch.microbatches), self.config.learner.reduce_gradients)
             loss, metrics = share(module, microbatch, self.config, divisor)
             loss.backward()
             for name, value in (metrics | {"loss": loss.detach()}).items():

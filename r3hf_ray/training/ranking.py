@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
-from r3hf_ray.algorithms.batching import pad_sequences
+from r3hf_ray.algorithms.batching import joins, pad_sequences
 from r3hf_ray.draws import seed_of, stream_row
 from r3hf_ray.models.attention import hidden_states
 from r3hf_ray.models.sharding import all_reduce_sum
@@ -268,14 +268,17 @@ def _margins(
 
 
 def _microbatches(batch: Sequence[_Placed], size: int) -> list[list[_Placed]]:
+    """Groups of like length together, the longest first, at most ``size`` responses unless one group has more."""
+    longest = [max(map(len, group.sequences)) for _, group in batch]
     batches: list[list[_Placed]] = []
-    filled = size
-    for position, group in batch:
-        if filled + len(group.sequences) > size:
+    rows = width = 0
+    for index in sorted(range(len(batch)), key=lambda i: -longest[i]):
+        more = len(batch[index][1].sequences)
+        if not rows or rows + more > size or not joins(longest[index], rows, width):
             batches.append([])
-            filled = 0
-        batches[-1].append((position, group))
-        filled += len(group.sequences)
+            rows, width = 0, longest[index]
+        batches[-1].append(batch[index])
+        rows += more
     return batches
 
 

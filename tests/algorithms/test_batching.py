@@ -7,7 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r3hf_ray.algorithms.batching import collate, masked_filler, microbatches, pad_rows, tensors_of
+from r3hf_ray.algorithms.batching import (
+    LIKE,
+    WORTH_A_FORWARD,
+    collate,
+    masked_filler,
+    microbatches,
+    pad_rows,
+    padded_tokens,
+    tensors_of,
+)
 from r3hf_ray.types import MAIN, Finish, ModelScores, ScoredTrajectory, Trajectory
 
 PER_TOKEN = ["behavior_logprobs", "ref_logprobs", "by_model.reward.token_rewards", "by_model.reward.prefix_scores"]
@@ -154,6 +163,27 @@ def test_a_filler_is_one_short_row_with_nothing_to_learn_from():
     assert not any(tensors_of(filler)[name].any() for name in PER_TOKEN)
 
 
+def test_rows_of_unlike_lengths_part_where_a_forward_is_worth_it():
+    long = WORTH_A_FORWARD
+    assert microbatches([long, long, long * 7 // 10 + 1, long // 2, long // 2, 8], budget_tokens=8 * long) == [
+        [0, 1, 2],
+        [3, 4],
+        [5],
+    ]
+    assert microbatches([64, 8, 8, 8], budget_tokens=8 * long) == [[0, 1, 2, 3]]  # little, so one forward
+
+
+def test_padding_of_a_spread_of_lengths_is_a_fifth_at_most():
+    """Prompts and answers of HH-RLHF, about: most short, a few very long."""
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.lognormal(4.8, 0.8, 256).astype(int) + 8, 1024).tolist()
+    for row in range(4):
+        mine = lengths[row::4]
+        groups = microbatches(mine, budget_tokens=32_768)
+        assert 1.0 <= padded_tokens(mine, groups) / sum(mine) < 1.2
+        assert len(mine) * max(mine) / sum(mine) > 2.0
+
+
 def test_the_example_of_microbatches():
     assert microbatches([3, 9, 4, 8], budget_tokens=16) == [[1], [3, 2], [0]]
 
@@ -175,4 +205,7 @@ def test_microbatches_are_greedy_sorted_and_a_pure_function_of_the_lengths(lengt
     assert flat == sorted(lengths, reverse=True)
     assert groups == microbatches(list(lengths), budget_tokens=budget)
     for group, following in pairwise(groups):
-        assert (len(group) + 1) * lengths[group[0]] > budget, f"{following[0]} would have fitted"
+        longest, shorter = lengths[group[0]], lengths[following[0]]
+        full = (len(group) + 1) * longest > budget
+        unlike = shorter < LIKE * longest and len(group) * longest >= WORTH_A_FORWARD
+        assert full or unlike, f"{following[0]} would have fitted"

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from r3hf_ray.models import sharding
 from r3hf_ray.models.load import load_policy
 from r3hf_ray.models.logprobs import Policy
 from r3hf_ray.models.sharding import (
@@ -15,6 +17,7 @@ from r3hf_ray.models.sharding import (
     full_parameters,
     grad_norm,
     make_mesh,
+    reduce_gradients,
     scale_gradients,
     shard,
 )
@@ -204,3 +207,46 @@ def test_reductions(run_ranks):
     assert run_ranks(on_a_rank) == [([3.0], [2.0])] * 2
     x = torch.tensor([4.0])
     assert all_reduce_sum(x) is x and all_reduce_max(x) is x
+
+
+@pytest.mark.parametrize(("when", "reductions"), [("auto", 1), ("minibatch", 1), ("microbatch", 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_reduced_after_the_last_microbatch(tiny_models, run_ranks, when, reductions, dtype):
+    def on_a_rank(rank):
+        grads, counts, names = [], [], []
+
+        class Counter(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                names.extend([str(function)] * ("reduce_scatter" in str(function)))
+                return function(*args, **(kwargs or {}))
+
+        for rule in (when, "microbatch"):
+            policy = Policy(load_policy(tiny_models.policy, torch.float32)).eval()
+            shard(policy, make_mesh(2, "cpu"), blocks="never", dtype=dtype)
+            with Counter():
+                for number in range(3):
+                    reduce_gradients(policy, number == 2, rule)
+                    mine = [x[(number + rank) % 4 :][:1] for x in rows()]
+                    policy(*mine, temperature=1.0).sum().backward()
+            grads.append(full_gradients(policy))
+            counts.append(len(names))
+            names.clear()
+        return grads, counts
+
+    for (once, each), counts in run_ranks(on_a_rank):
+        assert counts == [reductions, 3]
+        for name, gradient in each.items():
+            atol = 1e-6 * float(np.abs(gradient).max()) + 1e-12
+            np.testing.assert_allclose(once[name], gradient, rtol=0, atol=atol if dtype == torch.float32 else 1e-4)
+
+
+def test_a_whole_gradient_that_is_too_large_is_not_held(tiny_models, run_ranks):
+    def on_a_rank(rank):
+        policy = Policy(load_policy(tiny_models.policy, torch.float32)).eval()
+        shard(policy, make_mesh(2, "cpu"), blocks="never", dtype=torch.float32)
+        sharding.WHOLE_GRADIENT_BYTES = 1000
+        reduce_gradients(policy, False, "auto")
+        policy(*rows(), temperature=1.0).sum().backward()
+        return [p.grad is not None for p in policy.parameters()]
+
+    assert all(all(given) for given in run_ranks(on_a_rank))

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
+from r3hf_ray.algorithms import batching
 from r3hf_ray.algorithms.advantages import gae
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import DivergenceError, TelescopingError
@@ -14,6 +15,7 @@ from r3hf_ray.models.sharding import full_parameters, make_mesh
 from r3hf_ray.training.divergence import replay_capsule
 from r3hf_ray.training.experience import RewardScale
 from r3hf_ray.training.ppo import PPOLearner
+from r3hf_ray.training.ppo_losses import policy_share
 from r3hf_ray.types import MAIN, Finish, ModelScores, ScoredTrajectory, Trajectory
 
 SHAPES = [(3, 8), (2, 5), (6, 1), (1, 9), (4, 4), (3, 3), (5, 7), (2, 2)]
@@ -81,7 +83,7 @@ def weights(ppo):
 
 
 def without_times(metrics):
-    return {name: value for name, value in metrics.items() if not name.startswith("time/")}
+    return {name: value for name, value in metrics.items() if not name.startswith(("time/", "perf/"))}
 
 
 def two_updates(tiny_models, rank=0, world=1, **sections):
@@ -117,6 +119,26 @@ def alone(tiny_models):
 )
 def test_any_split_into_microbatches_gives_the_same_step(tiny_models, alone, sections):
     assert_same(two_updates(tiny_models, **sections), alone)
+
+
+def test_parted_microbatches_give_the_same_loss_and_gradients(tiny_models, monkeypatch):
+    ppo, metrics, gradients, losses = learner(tiny_models), [], [], []
+    update(ppo)
+    experience = ppo._last[1]
+    for worth in (1, 10**6):
+        monkeypatch.setattr(batching, "WORTH_A_FORWARD", worth)
+        metrics.append(update(learner(tiny_models)))
+        groups = batching.microbatches(experience.batch.lengths, budget_tokens=8192)
+        assert (len(groups) > 1) == (worth == 1)
+        ppo.policy.zero_grad()
+        parts = [policy_share(ppo.policy, experience.rows(group), ppo.config, 10)[0] for group in groups]
+        sum(parts).backward()
+        losses.append(float(sum(parts).detach()))
+        gradients.append([p.grad.clone() for p in ppo.policy.parameters()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6, abs=1e-7)
+    for mine, whole in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, whole, rtol=0, atol=1e-6 * float(whole.abs().max()))
+    assert 1.0 < metrics[0]["perf/padding"] < metrics[1]["perf/padding"]
 
 
 @pytest.mark.parametrize("sections", [{}, {"ppo": {"microbatch_tokens": 12}, "learner": {"shard_blocks": "always"}}])

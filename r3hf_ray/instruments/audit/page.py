@@ -1,87 +1,65 @@
-"""What the page of `r3hf audit` says: verdict, settings to start with, curves, and pairs in colour."""
+"""What the page of `r3hf audit` shows: verdict, settings to start with, curves, and pairs in colour."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.instruments.audit.advice import HALF, Advice
-from r3hf_ray.instruments.audit.measures import Audit
+from r3hf_ray.instruments.audit.measures import PARTS, Audit
 from r3hf_ray.instruments.pages.coloured_answers import ColouredAnswer, ColourRow, scale_of, spread_out
 from r3hf_ray.instruments.pages.intervals import Estimate
-from r3hf_ray.instruments.pages.parts import Chart, Check, Page, PageSection, Series, Table, TableRow, Tile, estimates
+from r3hf_ray.instruments.pages.parts import Check, Page, Series, Table, TableRow, Tile, estimates
+from r3hf_ray.instruments.pages.texts import page_text, section
 from r3hf_ray.instruments.scored_answers import Scored, r3hf_credit, scored_text
 from r3hf_ray.methods import facts_of
 
+TEXT = page_text(Path(__file__).with_suffix(".toml"))
 SHOWN_PAIRS = 8
 SHOWN_DOTS = 600
 Pairs = Sequence[tuple[Scored, Scored]]
 STATUS = {
-    "likely": ("signal likely", "good"),
-    "weak": ("weak signal", "warn"),
-    "unlikely": ("signal unlikely", "warn"),
-    "none": ("does not rank", "warn"),
-    "unknown": ("too few pairs", "warn"),
+    "likely": "signal likely",
+    "weak": "weak signal",
+    "unlikely": "signal unlikely",
+    "none": "does not rank",
+    "unknown": "too few pairs",
 }
+CAUTION = Check(
+    "plain",
+    "What pairs cannot show.",
+    "They say which answer is better, never which words: run r3hf credit on text with known mistakes before you trust "
+    "token rewards.",
+)
 
 
 def audit_page(
     audit: Audit, advice: Advice, pairs: Pairs, tokenizer: PreTrainedTokenizerBase, *, title: str, about: str
 ) -> Page:
     """The page of an audit."""
-    status, tone = STATUS[advice.signal]
     settings = [
         ("reward.mode", f'"{advice.mode}"'),
         ("critic.init", f'"{advice.critic_init}"'),
         ("ppo.gae_lambda", f"{advice.gae_lambda:g}"),
     ]
-    caution = Check(
-        "plain",
-        "What pairs cannot show.",
-        "They say which answer is better, never which words: run r3hf credit on text with known mistakes before you "
-        "trust token rewards.",
-    )
-    notes = [Check("warn", "Note.", note) for note in advice.notes]
+    length = audit.length
+    correlations = {"answers": length.correlation, "pairs": length.difference_correlation}
+    checks = [*(Check("warn", "Note.", note) for note in advice.notes), CAUTION]
     return Page(
         brand="r3hf_ray reward model audit",
         title=title,
         verdict=advice.sentence,
-        status=status,
-        tone="good" if tone == "good" else "warn",
+        status=STATUS[advice.signal],
+        tone="good" if advice.signal == "likely" else "warn",
         about=about,
         tiles=_tiles(audit),
         sections=[
-            PageSection(
-                id="start",
-                title="What to start with",
-                intro="Settings for a first run, from the numbers below. They are a start, not a proof.",
-                settings=settings,
-                reason=advice.reason,
-                checks=[*notes, caution],
-            ),
-            PageSection(
-                id="prefixes",
-                title="Does half an answer already have a score?",
-                intro="Reward models are trained on whole answers. Redistribution reads them after every token, so "
-                "what they say of beginnings decides what tokens are paid. Scores are in standard deviations of the "
-                "final score.",
-                charts=_prefix_charts(audit),
-            ),
-            PageSection(
-                id="credit",
-                title="Where does the credit fall?",
-                intro="What r3hf would pay: each token gets the change it makes in the score.",
-                charts=_credit_charts(audit, pairs),
-            ),
-            PageSection(
-                id="texts",
-                title="Pairs, token by token",
-                intro="From the clearest right ranking to the clearest wrong one. Blue tokens raised the score, orange "
-                "ones lowered it; point at one for its numbers. The line under the words is the score of everything up "
-                "to there, on one scale for both answers; the dotted line is where the prompt left it.",
-                answers=_coloured_pairs(pairs, tokenizer, audit),
-            ),
-            PageSection(id="numbers", title="All numbers", intro="As in audit.json.", tables=[_table(audit)]),
+            section(TEXT, "start", settings=settings, reason=advice.reason, checks=checks),
+            section(TEXT, "prefixes", charts=_prefix_curves(audit)),
+            section(TEXT, "credit", correlations, charts=_credit_by_place_and_length(audit, pairs)),
+            section(TEXT, "texts", answers=_coloured_pairs(pairs, tokenizer, audit)),
+            section(TEXT, "numbers", tables={"all": _table(audit)}),
         ],
     )
 
@@ -138,97 +116,30 @@ def _accuracy(label: str, found: Estimate) -> Tile:
     return Tile(label, f"{found.value:.1%}", f"95% interval {found.low:.1%} to {found.high:.1%}", tone)
 
 
-def _prefix_charts(audit: Audit) -> list[Chart]:
-    read = [place.read for place in audit.places]
-
-    def chart(title: str, unit: str, sentence: str, series: Sequence[Series], reference: float | None = None) -> Chart:
-        return Chart(
-            title=title,
-            unit=unit,
-            sentence=sentence,
-            kind="lines",
-            series=series,
-            reference=reference,
-            x_title="share of the answer read",
-            percent=True,
-        )
-
-    return [
-        chart(
-            "When is the better answer ahead?",
-            "share of pairs",
-            "How often the chosen answer already scores higher when this much of both has been read. At 50% the model "
-            "is guessing; a line that leaves it early means that beginnings carry signal. The band is the 95% "
-            "interval.",
-            [estimates("chosen ahead", read, [p.agrees for p in audit.places])],
-            reference=0.5,
-        ),
-        chart(
-            "How far do scores drift?",
-            "standard deviations",
-            "Mean change of the score since the prompt; the band holds 80% of the answers. A drift before the end pays "
-            "or charges every token for being there; a step at the end is the end token.",
-            [
-                Series(
-                    label="change since the prompt",
-                    x=read,
-                    y=[p.drift for p in audit.places],
-                    low=[p.low for p in audit.places],
-                    high=[p.high for p in audit.places],
-                )
-            ],
-            reference=0.0,
-        ),
-        chart(
-            "How much does a beginning foretell?",
-            "correlation, standard deviations",
-            "Correlation of the change so far with the whole change, and the spread of prefix scores over answers (1 "
-            "at the end). High early: the score is settled early. Spread far above 1: prefixes are scored wildly.",
-            [
-                Series(label="foretells the outcome", x=read, y=[p.foretells for p in audit.places]),
-                Series(label="spread", x=read, y=[p.spread for p in audit.places], quiet=True),
-            ],
-        ),
-    ]
+def _prefix_curves(audit: Audit) -> dict[str, list[Series]]:
+    places, read = audit.places, [place.read for place in audit.places]
+    low, high = [place.low for place in places], [place.high for place in places]
+    return {
+        "ahead": [estimates("chosen ahead", read, [place.agrees for place in places])],
+        "drift": [
+            Series(label="change since the prompt", x=read, y=[place.drift for place in places], low=low, high=high)
+        ],
+        "foretelling": [
+            Series(label="foretells the outcome", x=read, y=[place.foretells for place in places]),
+            Series(label="spread", x=read, y=[place.spread for place in places], quiet=True),
+        ],
+    }
 
 
-def _credit_charts(audit: Audit, pairs: Pairs) -> list[Chart]:
+def _credit_by_place_and_length(audit: Audit, pairs: Pairs) -> dict[str, list[Series]]:
     answers = [answer for pair in pairs for answer in pair][:SHOWN_DOTS]
-    places = [f"{10 * i}–{10 * i + 10}%" for i in range(10)]
-    return [
-        Chart(
-            title="Share of the credit by place",
-            unit="of all |token reward|",
-            sentence="Each tenth of the answers, and the end token apart (orange; it takes the template text behind it "
-            "along). A tall end token means that redistribution changes little.",
-            kind="bars",
-            series=[
-                Series(
-                    label="share",
-                    x=[*places, "end"],
-                    y=[*audit.credit_by_part, audit.ending.share],
-                    marks=[*[False] * 10, True],
-                )
-            ],
-            x_title="place in the answer",
-        ),
-        Chart(
-            title="Score and length",
-            unit="one dot an answer",
-            sentence=f"Over answers the correlation is {audit.length.correlation:.2f}; over pairs, of the differences, "
-            f"it is {audit.length.difference_correlation:.2f}. A model that likes length will be given length.",
-            kind="scatter",
-            series=[
-                Series(
-                    label="answer",
-                    x=[len(a.prefix) for a in answers],
-                    y=[audit.unit.of(a.score) for a in answers],
-                )
-            ],
-            x_title="tokens of the answer",
-            y_title="score",
-        ),
-    ]
+    places = [f"{10 * i}–{10 * i + 10}%" for i in range(PARTS)]
+    shares, end_apart = [*audit.credit_by_part, audit.ending.share], [*[False] * PARTS, True]
+    lengths, scores = [len(a.prefix) for a in answers], [audit.unit.of(a.score) for a in answers]
+    return {
+        "place": [Series(label="share", x=[*places, "end"], y=shares, marks=end_apart)],
+        "length": [Series(label="answer", x=lengths, y=scores)],
+    }
 
 
 def _table(audit: Audit) -> Table:

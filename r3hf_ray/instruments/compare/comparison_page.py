@@ -2,20 +2,27 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from r3hf_ray.instruments.compare.arm_runs import MeasuredRun
 from r3hf_ray.instruments.compare.expectations import ArmResult, ComparisonResults
-from r3hf_ray.instruments.compare.statistics import band, by_cell, mean, trailing_mean
+from r3hf_ray.instruments.compare.settings import CompareSection
+from r3hf_ray.instruments.compare.statistics import by_cell, mean, shared_points, trailing_mean
 from r3hf_ray.instruments.compare.tables import numbers, samples_text, summary, tables
-from r3hf_ray.instruments.pages.parts import Chart, Check, Page, PageSection, Series, Tile
+from r3hf_ray.instruments.pages.parts import Check, Page, PageSection, Series, Tile
+from r3hf_ray.instruments.pages.texts import page_text, section
 from r3hf_ray.instruments.pages.writing import write_page
 
+TEXT = page_text(Path(__file__).with_suffix(".toml"))
+Curve = tuple[Sequence[float], Sequence[float]]
 KL_CELL = 1.0
 """Width of a point of the curve over KL. [nats a response]"""
 POINTS = 30
 """Of a curve, at most about."""
 TONES = {"met": "good", "missed": "bad", "not run": "plain"}
+OF_SEEDS = " Lines are means over finished seeds, bands reach from the lowest to the highest seed."
 SCREENED = ", screened: each run in one process, with the system's engine, scorer and learner but without Ray"
 
 
@@ -26,41 +33,32 @@ def write_comparison(folder: Path, results: ComparisonResults) -> Path:
 
 def comparison_page(results: ComparisonResults) -> Page:
     """The page, from the results."""
+    settings = results.config.compare
     missed = any(one.verdict == "missed" for one in results.expectations)
     complete = all(run.status == "finished" for run in results.runs)
-    expected = PageSection(
-        id="expected",
-        title="What was expected",
-        intro="Redistribution keeps the optimum and changes speed. It should be faster than sparse reward with a cold "
-        "critic, and no faster than sparse reward with a critic loaded from the reward model, head included: an arm "
-        "that beats that one by far is suspect.",
-        checks=[Check(TONES[one.verdict], one.verdict, f"{one.sentence}: {one.found}") for one in results.expectations],
-    )
+    words = {
+        "what": settings.measured,
+        "What": settings.measured[0].upper() + settings.measured[1:],
+        "threshold": settings.threshold,
+        "window": settings.window,
+        "equal_kl": settings.equal_kl,
+        "baseline": settings.baseline,
+        "lacking": results.lacking,
+    }
+    checks = [Check(TONES[one.verdict], one.verdict, f"{one.sentence}: {one.found}") for one in results.expectations]
     return Page(
         brand="r3hf_ray comparison",
         title=results.config.run.name,
         verdict=summary(results),
         status=("expectations missed" if missed else "complete") if complete else "not complete",
         tone="good" if complete and not missed else "warn",
-        about=f"variants of {results.config.compare.job}{SCREENED if results.config.compare.in_process else ''}",
+        about=f"variants of {settings.job}{SCREENED if settings.in_process else ''}",
         tiles=_tiles(results),
         sections=[
-            *([expected] if results.expectations else []),
-            *_curve_sections(results),
-            PageSection(
-                id="ends",
-                title="Speed and end",
-                intro="Every arm with a finished run: points are means over seeds, bars their range. Read speed and "
-                "end together, at equal KL too: an arm can be fast because it moves further.",
-                charts=_ends(results),
-            ),
-            PageSection(
-                id="numbers",
-                title="All numbers",
-                intro=f"As in comparison.md and comparison.json. One seed is a hint, three are little more. "
-                f"{results.lacking}",
-                tables=tables(results),
-            ),
+            *([section(TEXT, "expected", checks=checks)] if checks else []),
+            *_groups(results, words),
+            section(TEXT, "ends", words, charts=_ends(results)),
+            section(TEXT, "numbers", words, tables=tables(results)),
         ],
     )
 
@@ -86,25 +84,22 @@ def _tiles(results: ComparisonResults) -> list[Tile]:
     return tiles
 
 
-def _curve_sections(results: ComparisonResults) -> list[PageSection]:
-    """One section a group, with the baseline in each."""
+def _groups(results: ComparisonResults, words: Mapping[str, Any]) -> list[PageSection]:
+    """One section a group of arms that has a curve, with the baseline in each."""
     sections: list[PageSection] = []
     for number, group in enumerate(dict.fromkeys(arm.group for arm in results.arms)):
-        charts = _curves(results, [arm for arm in results.arms if arm.group == group or arm.baseline])
-        if charts:
-            intro = "In grey, the baseline."
-            if not sections:
-                intro += " Lines are means over finished seeds, bands reach from the lowest to the highest seed."
-            sections.append(PageSection(id=f"group-{number}", title=group, intro=intro, charts=charts))
+        charts = _curves(results.config.compare, [arm for arm in results.arms if arm.group == group or arm.baseline])
+        if any(charts.values()):
+            of_it = {**words, "lines": "" if sections else OF_SEEDS}
+            found = section(TEXT, "group", of_it, id=f"group-{number}", title=group, charts=charts)
+            dashed = [replace(chart, reference=results.config.compare.threshold) for chart in found.charts]
+            sections.append(replace(found, charts=dashed))
     return sections
 
 
-Curve = tuple[Sequence[float], Sequence[float]]
-
-
-def _curves(results: ComparisonResults, arms: Sequence[ArmResult]) -> list[Chart]:
-    """Over samples and over KL, those of the two that have a line."""
-    settings, window = results.config.compare, results.config.compare.window
+def _curves(settings: CompareSection, arms: Sequence[ArmResult]) -> dict[str, list[Series]]:
+    """Over samples and over KL, of each arm that has a line."""
+    window = settings.window
 
     def over_samples(run: MeasuredRun) -> Curve:
         return list(map(float, run.samples[window - 1 :])), trailing_mean(run.gold, window)
@@ -112,63 +107,30 @@ def _curves(results: ComparisonResults, arms: Sequence[ArmResult]) -> list[Chart
     def over_kl(run: MeasuredRun) -> Curve:
         return by_cell(trailing_mean(run.kl, window), trailing_mean(run.gold, window), width=KL_CELL)
 
-    def chart(over: str, x_title: str, sentence: str, curve: Callable[[MeasuredRun], Curve]) -> Chart:
-        lines = [_banded(arm, [curve(run) for run in arm.finished]) for arm in arms]
-        return Chart(
-            title=f"{settings.measured[0].upper()}{settings.measured[1:]} over {over}",
-            unit=settings.measured,
-            sentence=sentence,
-            kind="lines",
-            series=[line for line in lines if line.x],
-            x_title=x_title,
-            reference=settings.threshold,
-        )
+    def lines(curve: Callable[[MeasuredRun], Curve]) -> list[Series]:
+        return [line for arm in arms if (line := _banded(arm, [curve(run) for run in arm.finished])).x]
 
-    charts = [
-        chart(
-            "samples",
-            "responses trained on",
-            f"Mean of {window} training batches. The dashed line is the threshold of the table.",
-            over_samples,
-        ),
-        chart(
-            "KL",
-            "KL to the reference [nats a response]",
-            f"What each arm gets for its distance from the reference: both are means of {window} batches, then of the "
-            "steps within one nat. Only where all seeds have been; between points nothing was measured.",
-            over_kl,
-        ),
-    ]
-    return [chart for chart in charts if chart.series]
+    return {"samples": lines(over_samples), "kl": lines(over_kl)}
 
 
 def _banded(arm: ArmResult, curves: Sequence[Curve]) -> Series:
-    found = band(curves)
-    thin = slice(None, None, max(1, math.ceil(len(found.x) / POINTS)))
-    low, high = (found.low[thin], found.high[thin]) if found.seeds > 1 else ([], [])
-    return Series(label=arm.name, x=found.x[thin], y=found.mean[thin], low=low, high=high, quiet=arm.baseline)
+    """The mean of an arm's seeds, in a band from the lowest to the highest."""
+    points = list(shared_points(curves).items())
+    points = points[:: max(1, math.ceil(len(points) / POINTS))]
+    x, values = [place for place, _ in points], [found for _, found in points]
+    low, high = (list(map(min, values)), list(map(max, values))) if len(curves) > 1 else ([], [])
+    return Series(label=arm.name, x=x, y=list(map(mean, values)), low=low, high=high, quiet=arm.baseline)
 
 
-def _ends(results: ComparisonResults) -> list[Chart]:
-    def chart(title: str, sentence: str, values: Mapping[str, Sequence[float]], across: str) -> Chart:
-        known = {name: finite for name, found in values.items() if (finite := [v for v in found if math.isfinite(v)])}
-        lows, highs = [min(found) for found in known.values()], [max(found) for found in known.values()]
-        series = Series(label=title, x=list(known), y=[mean(found) for found in known.values()], low=lows, high=highs)
-        return Chart(title=title, sentence=sentence, kind="dots", series=[series] if known else [], y_title=across)
+def _ends(results: ComparisonResults) -> dict[str, list[Series]]:
+    def dots(value: Callable[[MeasuredRun], float]) -> list[Series]:
+        """Mean of what an arm's finished runs have, with its range."""
+        found = {arm.name: list(filter(math.isfinite, map(value, arm.finished))) for arm in results.arms}
+        known = {name: values for name, values in found.items() if values}
+        low, high = list(map(min, known.values())), list(map(max, known.values()))
+        return [Series(label="", x=list(known), y=list(map(mean, known.values())), low=low, high=high)] if known else []
 
-    threshold, what = results.config.compare.threshold, results.config.compare.measured
-    charts = [
-        chart(
-            f"Samples to {what} {threshold:g}",
-            "Fewer is faster. Seeds that never got there are left out here; the table counts them.",
-            {arm.name: [float(run.reached.at) for run in arm.finished if run.reached.at] for arm in results.arms},
-            "responses trained on",
-        ),
-        chart(
-            f"Final {what} on held-out prompts",
-            "Two runs that differ in rounding only can end apart by several SEM: read the paired differences below.",
-            {arm.name: [run.final_gold for run in arm.finished] for arm in results.arms},
-            what,
-        ),
-    ]
-    return [chart for chart in charts if chart.series]
+    return {
+        "speed": dots(lambda run: float(run.reached.at or math.nan)),
+        "final": dots(lambda run: run.final_gold),
+    }

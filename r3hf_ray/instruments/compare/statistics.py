@@ -8,20 +8,6 @@ from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Band:
-    """Curves of several seeds as one: mean, lowest and highest at each x that all of them have.
-
-    Example: ``band([([1, 2], [0.0, 1.0]), ([1, 2, 3], [2.0, 3.0, 9.0])])`` has x [1, 2], mean [1, 2], low [0, 1].
-    """
-
-    x: list[float]
-    mean: list[float]
-    low: list[float]
-    high: list[float]
-    seeds: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
     """Samples of one arm over those of another, same seed.
 
@@ -99,13 +85,14 @@ def samples_to(threshold: float, samples: Sequence[int], golds: Sequence[float],
     return next((at for at, level in zip(samples[window - 1 :], means, strict=True) if level >= threshold), None)
 
 
-def band(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Band:
-    """Mean, minimum and maximum over curves where all of them have a value."""
+def shared_points(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> dict[float, list[float]]:
+    """Each x that all curves have -> their values there.
+
+    Example: ``shared_points([([1, 2], [0, 1]), ([1, 2, 3], [2, 3, 9])]) == {1: [0, 2], 2: [1, 3]}``
+    """
     known = [dict(zip(x, y, strict=True)) for x, y in curves]
     shared = sorted(set.intersection(*map(set, known))) if known else []
-    rows = [[curve[x] for curve in known] for x in shared]
-    low, high = [min(row) for row in rows], [max(row) for row in rows]
-    return Band(x=shared, mean=[fmean(row) for row in rows], low=low, high=high, seeds=len(known))
+    return {x: [curve[x] for curve in known] for x in shared}
 
 
 def by_cell(x: Sequence[float], y: Sequence[float], *, width: float) -> tuple[list[float], list[float]]:

@@ -3,17 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 from r3hf_ray.instruments.compare.arm_runs import MeasuredRun
 from r3hf_ray.instruments.compare.expectations import ArmResult, ComparisonResults
 from r3hf_ray.instruments.compare.statistics import mean, mean_ratio, paired_difference
-from r3hf_ray.instruments.pages.parts import Table, TableRow
+from r3hf_ray.instruments.pages.parts import Table, table_of
 
 NOTHING = "–"
-Shown = TypeVar("Shown")
-Columns = dict[str, Callable[[Shown], str]]
-"""Heading -> the text of a cell."""
 PAIRED: dict[str, Callable[[MeasuredRun], float]] = {
     "at the end": lambda run: run.final_gold,
     "whole run": lambda run: run.mean_gold,
@@ -24,9 +21,9 @@ PAIRED: dict[str, Callable[[MeasuredRun], float]] = {
 """What is subtracted, seed by seed."""
 
 
-def tables(results: ComparisonResults) -> list[Table]:
+def tables(results: ComparisonResults) -> dict[str, Table]:
     """One row an arm, its numbers minus the baseline's, and one row a run."""
-    return [_arm_table(results), _paired_table(results), _run_table(results)]
+    return {"arms": _arm_table(results), "paired": _paired_table(results), "runs": _run_table(results)}
 
 
 def numbers(results: ComparisonResults) -> dict[str, Any]:
@@ -69,79 +66,60 @@ def samples_text(arm: ArmResult) -> str:
 
 def _arm_table(results: ComparisonResults) -> Table:
     settings, what = results.config.compare, results.config.compare.measured
-    columns: Columns[ArmResult] = {
-        "arm": lambda arm: arm.name,
-        "seeds": lambda arm: f"{len(arm.finished)} of {len(arm.runs)}",
-        f"samples to {settings.threshold:g}": samples_text,
-        f"of {settings.baseline}, paired": _ratio,
-        f"final {what}": lambda arm: _with_error(*arm.final_gold),
-        "SEM": lambda arm: _number(
-            math.hypot(*(run.final_sem for run in arm.finished)) / (len(arm.finished) or math.nan)
-        ),
-        f"{what} at KL {settings.equal_kl:g}": _gold_at_kl,
-        f"{what}, whole run": lambda arm: _number(mean(run.mean_gold for run in arm.finished)),
-        "KL": lambda arm: _number(mean(run.final_kl for run in arm.finished), 1),
-        "length": lambda arm: _number(mean(run.final_length for run in arm.finished), 1),
-        "EOS": lambda arm: _number(mean(run.final_eos for run in arm.finished)),
-    }
-    return Table(
-        title="Arms",
-        head=list(columns),
-        rows=[TableRow(_cells(columns, arm), quiet=not arm.finished) for arm in results.arms],
-        note=f"Samples: responses trained on until the mean {what} of {settings.window} training batches was at the "
-        "threshold; at once: in the first window already. Paired: geometric mean of that number over the baseline's, "
-        "seed by seed; > and < are bounds, where one of the two never got there or was there at once. Final: held-out "
-        "prompts, mean ± standard deviation over seeds; SEM is the error of measuring it. At KL: steps within 20% of "
-        f"{settings.equal_kl:g} nats a response. KL: mean of the last 5 steps. Grey rows have not finished.",
+    return table_of(
+        results.arms,
+        [
+            ("arm", lambda arm: arm.name),
+            ("seeds", lambda arm: f"{len(arm.finished)} of {len(arm.runs)}"),
+            (f"samples to {settings.threshold:g}", samples_text),
+            (f"of {settings.baseline}, paired", _ratio),
+            (f"final {what}", lambda arm: _with_error(*arm.final_gold)),
+            ("SEM", lambda arm: _number(_error(arm))),
+            (f"{what} at KL {settings.equal_kl:g}", _gold_at_kl),
+            (f"{what}, whole run", lambda arm: _number(mean(run.mean_gold for run in arm.finished))),
+            ("KL", lambda arm: _number(mean(run.final_kl for run in arm.finished), 1)),
+            ("length", lambda arm: _number(mean(run.final_length for run in arm.finished), 1)),
+            ("EOS", lambda arm: _number(mean(run.final_eos for run in arm.finished))),
+        ],
+        quiet=lambda arm: not arm.finished,
     )
 
 
 def _paired_table(results: ComparisonResults) -> Table:
-    baseline, settings = results.baseline, results.config.compare
+    def difference(value: Callable[[MeasuredRun], float]) -> Callable[[ArmResult], str]:
+        def of(arm: ArmResult) -> str:
+            own, other = ({run.seed: value(run) for run in one.finished} for one in (arm, results.baseline))
+            return str(paired_difference(own, other) or NOTHING)
 
-    def difference(arm: ArmResult, value: Callable[[MeasuredRun], float]) -> str:
-        own, other = ({run.seed: value(run) for run in one.finished} for one in (arm, baseline))
-        return str(paired_difference(own, other) or NOTHING)
+        return of
 
-    return Table(
-        title=f"Minus {baseline.name}, paired by seed",
-        head=["arm", *PAIRED],
-        rows=[
-            TableRow([arm.name, *(difference(arm, value) for value in PAIRED.values())])
-            for arm in results.arms
-            if not arm.baseline
-        ],
-        note=f"The first three: {settings.measured}. Mean over seeds ± its standard error; with how many seeds the arm "
-        "is higher. Few seeds say little, and seeds that share their models say nothing about other models. "
-        f"Equal KL: {settings.equal_kl:g} nats a response, within 20%.",
-    )
+    others = [arm for arm in results.arms if not arm.baseline]
+    differences = [(name, difference(value)) for name, value in PAIRED.items()]
+    return table_of(others, [("arm", lambda arm: arm.name), *differences], quiet=lambda arm: False)
 
 
 def _run_table(results: ComparisonResults) -> Table:
     ratios = {(arm.name, ratio.seed): str(ratio) for arm in results.arms for ratio in arm.ratios}
     baseline = results.baseline.name
-    columns: Columns[MeasuredRun] = {
-        "run": lambda run: f"{run.arm}-s{run.seed}",
-        "status": lambda run: run.status,
-        "samples": lambda run: str(run.reached.of),
-        "to threshold": lambda run: str(run.reached.at or "never") if run.samples else NOTHING,
-        "paired ratio": lambda run: "baseline" if run.arm == baseline else ratios.get((run.arm, run.seed), NOTHING),
-        f"final {results.config.compare.measured}": lambda run: _with_error(run.final_gold, run.final_sem),
-        "KL": lambda run: _number(run.final_kl, 1),
-        "length": lambda run: _number(run.final_length, 1),
-        "EOS": lambda run: _number(run.final_eos),
-        "note": lambda run: run.reason,
-    }
-    return Table(
-        title="Runs",
-        head=list(columns),
-        rows=[TableRow(_cells(columns, run), quiet=run.status != "finished") for run in results.runs],
-        styles={"run": "text", "status": "text", "note": "meaning"},
+    return table_of(
+        results.runs,
+        [
+            ("run", lambda run: f"{run.arm}-s{run.seed}"),
+            ("status", lambda run: run.status),
+            ("samples", lambda run: str(run.reached.of)),
+            ("to threshold", lambda run: str(run.reached.at or "never") if run.samples else NOTHING),
+            (
+                "paired ratio",
+                lambda run: "baseline" if run.arm == baseline else ratios.get((run.arm, run.seed), NOTHING),
+            ),
+            (f"final {results.config.compare.measured}", lambda run: _with_error(run.final_gold, run.final_sem)),
+            ("KL", lambda run: _number(run.final_kl, 1)),
+            ("length", lambda run: _number(run.final_length, 1)),
+            ("EOS", lambda run: _number(run.final_eos)),
+            ("note", lambda run: run.reason),
+        ],
+        quiet=lambda run: run.status != "finished",
     )
-
-
-def _cells(columns: Columns[Shown], shown: Shown) -> list[str]:
-    return [text(shown) for text in columns.values()]
 
 
 def _ratio(arm: ArmResult) -> str:
@@ -157,6 +135,11 @@ def _ratio(arm: ArmResult) -> str:
 def _gold_at_kl(arm: ArmResult) -> str:
     near = [run.gold_at_kl for run in arm.finished if math.isfinite(run.gold_at_kl)]
     return _number(mean(near)) + (_of(len(near), len(arm.finished)) if near else "")
+
+
+def _error(arm: ArmResult) -> float:
+    """Of measuring the mean over seeds, each seed's own error being known."""
+    return math.hypot(*(run.final_sem for run in arm.finished)) / (len(arm.finished) or math.nan)
 
 
 def _of(known: int, all_of_them: int) -> str:

@@ -1,6 +1,7 @@
 """What the page of `r3hf credit` says about answers that people marked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -21,24 +22,13 @@ from r3hf_ray.instruments.pages.coloured_answers import (
     scale_of,
     spread_out,
 )
-from r3hf_ray.instruments.pages.intervals import Estimate
-from r3hf_ray.instruments.pages.parts import (
-    Chart,
-    Check,
-    Page,
-    PageSection,
-    Series,
-    Table,
-    TableRow,
-    Tile,
-    area_chart,
-    estimates,
-)
+from r3hf_ray.instruments.pages.parts import Cell, Check, Page, Series, Table, Tile, estimates, table_of
+from r3hf_ray.instruments.pages.texts import page_text, section
 from r3hf_ray.instruments.scored_answers import Credit, Scored, ScoreUnit, scored_text
 from r3hf_ray.methods import facts_of
 
+TEXT = page_text(Path(__file__).with_suffix(".toml"))
 SHOWN = 6
-OF_MINUS_CREDIT = "AUROC of minus credit"
 UNDERLINES = {"minus-mark": "people marked it as wrong"}
 CONTROL_NOTES = {
     LOGPROB: "how likely the policy finds each token",
@@ -74,27 +64,9 @@ def marked_page(
             ),
         ],
         sections=[
-            PageSection(
-                id="found",
-                title="Does credit find what people found wrong?",
-                intro="People marked the wrong parts of these answers. A method is good if, within an answer, marked "
-                "characters are paid less than unmarked ones. Each token's reward is shared out to its characters; the "
-                "end token has none.",
-                checks=[Check("plain", "Data.", report)],
-                charts=_charts(rows, pairs),
-            ),
-            PageSection(
-                id="texts",
-                title="The same answer, paid by each method",
-                intro="From the answer where r3hf finds the marks best to where it finds them worst. Each row pays the "
-                "same words by another method: blue words earned, orange ones lost, on one scale for all methods of "
-                "an answer (controls have their own). Dashed underlines are what people marked: where orange meets an "
-                "underline, credit is right. The line under the words is the reward model's score of everything up to "
-                "there. Point at a word for its numbers.",
-                answers=answers,
-                underlines=UNDERLINES,
-            ),
-            PageSection(id="numbers", title="All numbers", intro="As in credit.json.", tables=_tables(rows, pairs)),
+            section(TEXT, "found", checks=[Check("plain", "Data.", report)], charts=_areas(rows, pairs)),
+            section(TEXT, "texts", answers=answers, underlines=UNDERLINES),
+            section(TEXT, "numbers", tables=_tables(rows, pairs)),
         ],
     )
 
@@ -171,87 +143,52 @@ def _kinds(answer: MarkedAnswer) -> list[str]:
     ]
 
 
-def _series(label: str, rows: Sequence[MarkedMeasures], values: Sequence[Estimate]) -> Series:
-    return estimates(label, [row.method for row in rows], values, marks=[row.control for row in rows])
-
-
-def _charts(rows: Sequence[MarkedMeasures], pairs: Sequence[CorrectionAccuracy]) -> list[Chart]:
+def _areas(rows: Sequence[MarkedMeasures], pairs: Sequence[CorrectionAccuracy]) -> dict[str, list[Series]]:
+    names, controls = [row.method for row in rows], [row.control for row in rows]
     main = [row for row in rows if row.method in ("r3hf", "segment", UNTRAINED, LOGPROB)]
     kinds = sorted(rows[0].by_kind, key=lambda kind: -rows[0].by_kind[kind].count)
-    return [
-        area_chart(
-            "Marked characters are paid less",
-            "Chance that a marked character is paid less than an unmarked one of the same answer. The dashed "
-            "line is chance; bars are 95% bootstrap intervals over questions; controls are grey.",
-            [_series("all marks", rows, [row.auroc for row in rows])],
-            unit=OF_MINUS_CREDIT,
-        ),
-        area_chart(
-            "By kind of mark",
-            "One kind of mark against unmarked text. Kinds with few answers have wide intervals.",
-            [
-                estimates(
-                    row.method,
-                    [f"{kind} ({row.by_kind[kind].count})" for kind in kinds],
-                    [row.by_kind[kind] for kind in kinds],
-                    quiet=row.control,
-                )
-                for row in main
-            ],
-            unit=OF_MINUS_CREDIT,
-        ),
-        area_chart(
-            "Credit at what the correction changed",
-            "Words that the correction took out should be paid less than what it kept, and words that it "
-            "brought in should be paid more than the rest of the corrected answer.",
-            [
-                _series("taken out", rows, [row.removed for row in rows]),
-                _series("brought in", rows, [row.added for row in rows]),
-            ],
-        ),
-        area_chart(
-            "Is the corrected answer scored higher?",
-            "Whole answers: how often the corrected one beats the original, by the reward model and "
-            "by controls. Bars are 95% bootstrap intervals over questions; one without width says only that all agree.",
-            [
-                estimates(
-                    "accuracy",
-                    [pair.name for pair in pairs],
-                    [pair.accuracy for pair in pairs],
-                    marks=[k > 0 for k in range(len(pairs))],
-                )
-            ],
-            unit="share of pairs",
-        ),
-    ]
+
+    def by_kind(row: MarkedMeasures) -> Series:
+        found = [row.by_kind[kind] for kind in kinds]
+        places = [f"{kind} ({one.count})" for kind, one in zip(kinds, found, strict=True)]
+        return estimates(row.method, places, found, quiet=row.control)
+
+    ways, all_but_first = [pair.name for pair in pairs], [place > 0 for place in range(len(pairs))]
+    return {
+        "marks": [estimates("all marks", names, [row.auroc for row in rows], marks=controls)],
+        "kinds": [by_kind(row) for row in main],
+        "changes": [
+            estimates("taken out", names, [row.removed for row in rows], marks=controls),
+            estimates("brought in", names, [row.added for row in rows], marks=controls),
+        ],
+        "pairs": [estimates("accuracy", ways, [pair.accuracy for pair in pairs], marks=all_but_first)],
+    }
 
 
-def _tables(rows: Sequence[MarkedMeasures], pairs: Sequence[CorrectionAccuracy]) -> list[Table]:
-    kinds = list(rows[0].by_kind)
-    return [
-        Table(
-            title="Agreement with people's marks",
-            head=["method", "AUROC", "questions", "marked − unmarked", "taken out", "brought in", *kinds],
-            rows=[
-                TableRow(
-                    [
-                        *(row.method, str(row.auroc), str(row.auroc.count)),
-                        *(str(row.marked_minus_unmarked), str(row.removed), str(row.added)),
-                        *(f"{row.by_kind[kind]} ({row.by_kind[kind].count})" for kind in kinds),
-                    ],
-                    quiet=row.control,
-                )
-                for row in rows
-            ],
-            note="AUROC of minus credit within an answer, mean over questions with 95% bootstrap intervals; 0.5 is "
-            "chance. Marked − unmarked: mean credit of marked less that of unmarked stretches, in standard deviations "
-            "within the answer; negative is right. Grey rows are controls; the place in the answer is one in both "
-            "directions.",
-        ),
-        Table(
-            title="Corrected against original answers",
-            head=["scored by", "corrected one higher", "questions"],
-            rows=[TableRow([p.name, str(p.accuracy), str(p.accuracy.count)], quiet=k > 0) for k, p in enumerate(pairs)],
-            note="Share of pairs, mean over questions with 95% bootstrap intervals; a tie counts one half.",
-        ),
-    ]
+def _tables(rows: Sequence[MarkedMeasures], pairs: Sequence[CorrectionAccuracy]) -> dict[str, Table]:
+    def of_kind(kind: str) -> Callable[[MarkedMeasures], Cell]:
+        return lambda row: f"{row.by_kind[kind]} ({row.by_kind[kind].count})"
+
+    agreement = table_of(
+        rows,
+        [
+            ("method", lambda row: row.method),
+            ("AUROC", lambda row: str(row.auroc)),
+            ("questions", lambda row: str(row.auroc.count)),
+            ("marked − unmarked", lambda row: str(row.marked_minus_unmarked)),
+            ("taken out", lambda row: str(row.removed)),
+            ("brought in", lambda row: str(row.added)),
+            *((kind, of_kind(kind)) for kind in rows[0].by_kind),
+        ],
+        quiet=lambda row: row.control,
+    )
+    corrected = table_of(
+        pairs,
+        [
+            ("scored by", lambda pair: pair.name),
+            ("corrected one higher", lambda pair: str(pair.accuracy)),
+            ("questions", lambda pair: str(pair.accuracy.count)),
+        ],
+        quiet=lambda pair: pair is not pairs[0],
+    )
+    return {"agreement": agreement, "pairs": corrected}

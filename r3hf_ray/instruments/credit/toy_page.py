@@ -1,6 +1,7 @@
 """What the page of `r3hf credit --benchmark toy` says."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,21 +17,12 @@ from r3hf_ray.instruments.pages.coloured_answers import (
     scale_of,
     spread_out,
 )
-from r3hf_ray.instruments.pages.parts import (
-    Chart,
-    Check,
-    Page,
-    PageSection,
-    Series,
-    Table,
-    TableRow,
-    Tile,
-    area_chart,
-    estimates,
-)
+from r3hf_ray.instruments.pages.parts import Check, Page, Series, Table, TableRow, Tile, estimates, table_of
+from r3hf_ray.instruments.pages.texts import page_text, section
 from r3hf_ray.instruments.scored_answers import Credit, Scored, ScoreUnit, scored_text
 from r3hf_ray.methods import facts_of
 
+TEXT = page_text(Path(__file__).with_suffix(".toml"))
 SHOWN = 6
 TONES = {"met": "good", "missed": "bad", "not judged": "plain"}
 Advantages = Mapping[str, Mapping[float, float]]
@@ -63,27 +55,14 @@ def toy_page(
             Tile("First advantages", f"{dense:.2f}", f"AUC at lambda {lam:g}; sparse with a cold critic {sparse:.2f}"),
         ],
         sections=[
-            PageSection(
-                id="bars",
-                title="Does credit find what earned the reward?",
-                intro="In the toy language the true worth of every word is known. A method is good if, within a "
-                "response, the phrases that helped are paid more than the phrases that hurt.",
+            section(
+                TEXT,
+                "bars",
                 checks=[Check(TONES[one.label], one.label, one.sentence) for one in required],
-                charts=_charts(rows, advantages),
+                charts=_areas(rows, advantages),
             ),
-            PageSection(
-                id="texts",
-                title="The same response, paid by each method",
-                intro="From the best response to the worst. Each row pays the same words by another method: blue words "
-                "earned, orange ones lost, on one scale for all methods of a response. Underlines are the truth: where "
-                "colour and underline agree, credit is right. The line under the words is the reward model's score of "
-                "everything up to there. Point at a word for its numbers.",
-                answers=answers,
-                underlines=TRUE_UNDERLINES,
-            ),
-            PageSection(
-                id="numbers", title="All numbers", intro="As in credit.json.", tables=_tables(rows, advantages)
-            ),
+            section(TEXT, "texts", answers=answers, underlines=TRUE_UNDERLINES),
+            section(TEXT, "numbers", tables=_tables(rows, advantages)),
         ],
     )
 
@@ -134,48 +113,34 @@ def coloured_responses(
     return found
 
 
-def _charts(rows: Sequence[ToyMeasures], advantages: Advantages) -> list[Chart]:
+def _areas(rows: Sequence[ToyMeasures], advantages: Advantages) -> dict[str, list[Series]]:
     names, controls = [row.method for row in rows], [row.control for row in rows]
-    return [
-        area_chart(
-            "Known credit found within a response",
-            "Chance that something that helped is paid more than something that hurt. The dashed line is "
-            "chance; bars are 95% intervals over responses; controls are grey. Judge by phrase.",
-            [
-                estimates("by phrase", names, [row.phrase.auc for row in rows], marks=controls),
-                estimates("by token", names, [row.token.auc for row in rows], marks=controls),
-            ],
-        ),
-        area_chart(
-            "The very first advantages",
-            "What PPO would reinforce in its first step, before anything is learnt. Sparse reward with a "
-            "critic loaded from the reward model is the same as r3hf with a zero critic; taking both counts it twice.",
-            [
-                Series(label=f"lambda {lam:g}", x=list(advantages), y=[found[lam] for found in advantages.values()])
-                for lam in LAMBDAS
-            ],
-        ),
-    ]
+    return {
+        "within": [
+            estimates("by phrase", names, [row.phrase.auc for row in rows], marks=controls),
+            estimates("by token", names, [row.token.auc for row in rows], marks=controls),
+        ],
+        "first": [
+            Series(label=f"lambda {lam:g}", x=list(advantages), y=[found[lam] for found in advantages.values()])
+            for lam in LAMBDAS
+        ],
+    }
 
 
-def _tables(rows: Sequence[ToyMeasures], advantages: Advantages) -> list[Table]:
-    def cells(row: ToyMeasures) -> list[str]:
-        sides = (row.phrase, row.token)
-        within = [str(value) for value in (*(side.auc for side in sides), *(side.pearson for side in sides))]
-        return [row.method, *within, *(f"{side.auc_pooled:.3f}" for side in sides)]
-
-    return [
-        Table(
-            title="Agreement with the known credit",
-            head=["method"]
-            + [f"{side} {what}" for what in ("AUC", "r", "AUC, pooled") for side in ("phrase", "token")],
-            rows=[TableRow(cells(row), quiet=row.control) for row in rows],
-            note="Means over responses with 95% bootstrap intervals; grey rows are controls. Pooled over responses, a "
-            "method that pays all tokens of a good response alike looks as if it knew where the good tokens are.",
-        ),
-        Table(
-            title="AUC of the first advantages, pooled over responses",
-            head=["reward and critic", *(f"lambda {lam:g}" for lam in LAMBDAS)],
-            rows=[TableRow([arm, *(f"{found[lam]:.3f}" for lam in LAMBDAS)]) for arm, found in advantages.items()],
-        ),
-    ]
+def _tables(rows: Sequence[ToyMeasures], advantages: Advantages) -> dict[str, Table]:
+    agreement = table_of(
+        rows,
+        [
+            ("method", lambda row: row.method),
+            ("phrase AUC", lambda row: str(row.phrase.auc)),
+            ("token AUC", lambda row: str(row.token.auc)),
+            ("phrase r", lambda row: str(row.phrase.pearson)),
+            ("token r", lambda row: str(row.token.pearson)),
+            ("phrase AUC, pooled", lambda row: f"{row.phrase.auc_pooled:.3f}"),
+            ("token AUC, pooled", lambda row: f"{row.token.auc_pooled:.3f}"),
+        ],
+        quiet=lambda row: row.control,
+    )
+    first = [TableRow([arm, *(f"{found[lam]:.3f}" for lam in LAMBDAS)]) for arm, found in advantages.items()]
+    head = ["reward and critic", *(f"lambda {lam:g}" for lam in LAMBDAS)]
+    return {"agreement": agreement, "first": Table(head=head, rows=first)}

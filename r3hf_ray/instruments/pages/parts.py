@@ -1,13 +1,14 @@
 """What a page is made of, as plain data: tiles, charts, tables, lines with a mark, coloured answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from r3hf_ray.instruments.pages.coloured_answers import ColouredAnswer, notes_of
 from r3hf_ray.instruments.pages.intervals import Estimate
 
+T = TypeVar("T")
 Places = Sequence[str] | Sequence[int] | Sequence[float]
 Cell = str | Sequence[float] | Sequence[int]
 CellStyle = Literal["text", "num", "code", "quiet", "meaning", "spark", "kind"]
@@ -35,6 +36,7 @@ class Series:
     """
 
     label: str
+    """Empty: that of the chart."""
     x: Places
     y: Sequence[float]
     low: Sequence[float] = ()
@@ -156,9 +158,12 @@ class Page:
         return [chart for section in self.sections for chart in section.charts]
 
 
-def area_chart(title: str, sentence: str, series: Sequence[Series], *, unit: str = "area under the curve") -> Chart:
-    """Areas under the curve, or other shares whose chance is one half, as dots about a dashed line."""
-    return Chart(title=title, unit=unit, sentence=sentence, kind="dots", series=series, reference=0.5, y_title=unit)
+def table_of(
+    shown: Sequence[T], columns: Sequence[tuple[str, Callable[[T], Cell]]], *, quiet: Callable[[T], bool]
+) -> Table:
+    """A row for each thing that is shown; a column is a heading and what it says of a thing."""
+    rows = [TableRow([cell(one) for _, cell in columns], quiet=quiet(one)) for one in shown]
+    return Table(head=[heading for heading, _ in columns], rows=rows)
 
 
 def model_name(source: str) -> str:

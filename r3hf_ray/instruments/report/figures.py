@@ -1,110 +1,56 @@
-"""The curves of a report, as `figures.toml` names them, with the numbers of a run."""
+"""The curves of a report: figures as `report.toml` has them, with the numbers of a run."""
 
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from r3hf_ray.instruments.pages.parts import Chart, PageSection, Series
+from r3hf_ray.instruments.pages.texts import page_text
 from r3hf_ray.records.metrics import STEP
 
 MetricRows = Sequence[Mapping[str, float]]
 """Lines of `metrics.jsonl`."""
 MAX_POINTS = 1000
-LINES = ("lines", "stacked")
+TEXT = page_text(Path(__file__).with_name("report.toml"))
+CHAPTERS = {name: chapter for name, chapter in TEXT.items() if "figures" in chapter}
+"""Parts of the report that hold curves."""
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One curve of a figure.
-
-    Example: ``Line("eval/heldout/gold/mean", "held-out", band="eval/heldout/gold/sem")``
-    """
-
-    metric: str
-    label: str
-    band: str = ""
-    """Metric whose value is drawn as a half-width around the curve."""
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A chart over training steps; it is left out when no row has any of its metrics."""
-
-    title: str
-    sentence: str
-    """For a reader who has not seen the code."""
-    lines: tuple[Line, ...]
-    unit: str = ""
-    stacked: tuple[Line, ...] = ()
-    """Drawn as stacked bars below the lines."""
-    log: bool = False
-    """Logarithmic vertical axis."""
-    wide: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Chapter:
-    """A part of the report: some figures under one question."""
-
-    id: str
-    title: str
-    intro: str
-    figures: tuple[Figure, ...]
-
-
-CHAPTERS = tuple(
-    Chapter(
-        **chapter
-        | {
-            "figures": tuple(
-                Figure(**figure | {name: tuple(Line(*line) for line in figure.get(name, ())) for name in LINES})
-                for figure in chapter["figures"]
-            )
-        }
-    )
-    for chapter in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["chapters"]
-)
-"""Of `figures.toml`, in the order of the page."""
 
 
 def chapter_sections(rows: MetricRows, events: Sequence[int]) -> list[PageSection]:
     """The chapters, of each the figures that have a number to draw; ``events`` are steps for vertical lines."""
     sections: list[PageSection] = []
-    for chapter in CHAPTERS:
-        charts = [chart for figure in chapter.figures if (chart := _chart(figure, rows, events)).series]
+    for name, chapter in CHAPTERS.items():
+        charts = [chart for figure in chapter["figures"] if (chart := _chart(rows, events, **figure)).series]
         note = " Dotted vertical lines are failures and restarts." if events and not sections else ""
         if charts:
-            sections.append(
-                PageSection(id=chapter.id, title=chapter.title, intro=f"{chapter.intro}{note}", charts=charts)
-            )
+            intro = f"{chapter['intro']}{note}"
+            sections.append(PageSection(id=name, title=chapter["title"], intro=intro, charts=charts))
     return sections
 
 
-def _chart(figure: Figure, rows: MetricRows, events: Sequence[int]) -> Chart:
-    drawn = [(line, True) for line in figure.stacked] + [(line, False) for line in figure.lines]
-    return Chart(
-        title=figure.title,
-        unit=figure.unit,
-        sentence=figure.sentence,
-        kind="lines",
-        series=[found for line, stacked in drawn if (found := _series(line, rows, stacked)).x],
-        x_title="step",
-        y_axis="log" if figure.log else "from zero",
-        events=events,
-        wide=figure.wide,
-    )
+def _chart(
+    rows: MetricRows,
+    events: Sequence[int],
+    *,
+    lines: Sequence[Sequence[str]],
+    stacked: Sequence[Sequence[str]] = (),
+    **described: Any,
+) -> Chart:
+    """Curves over training steps, those without a number left out."""
+    drawn = [*(_series(rows, *line, stacked=True) for line in stacked), *(_series(rows, *line) for line in lines)]
+    usual: dict[str, Any] = {"kind": "lines", "x_title": "step", "y_axis": "from zero", "events": events}
+    return Chart(**usual | described, series=[found for found in drawn if found.x])
 
 
-def _series(line: Line, rows: MetricRows, stacked: bool) -> Series:
-    steps, values = series(rows, line.metric)
-    widths = dict(zip(*series(rows, line.band), strict=True)) if line.band else {}
+def _series(rows: MetricRows, metric: str, label: str, band: str = "", *, stacked: bool = False) -> Series:
+    """A metric; ``band`` is one that is drawn as a half-width around it."""
+    steps, values = series(rows, metric)
+    widths = dict(zip(*series(rows, band), strict=True)) if band else {}
     points = thinned([(step, value, widths.get(step, 0.0)) for step, value in zip(steps, values, strict=True)])
     return Series(
-        label=line.label,
+        label=label,
         x=[step for step, _, _ in points],
         y=[value for _, value, _ in points],
         low=[value - width for _, value, width in points] if widths else (),

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from r3hf_ray.instruments.pages.parts import Page, PageSection, Table, TableRow
+from r3hf_ray.instruments.pages.texts import section
 from r3hf_ray.instruments.pages.writing import write_html
 from r3hf_ray.instruments.report.credit import payment_of
-from r3hf_ray.instruments.report.figures import MetricRows, chapter_sections, series, thinned
+from r3hf_ray.instruments.report.figures import TEXT, MetricRows, chapter_sections, series, thinned
 from r3hf_ray.instruments.report.sampled import methods_section, responses_section
 from r3hf_ray.instruments.report.summary import INCIDENTS, duration, tiles, verdict
 from r3hf_ray.records.jsonl import TIME, read_jsonl
@@ -16,6 +17,8 @@ from r3hf_ray.records.metrics import ATTEMPT, METRICS, STEP, describe, read_metr
 from r3hf_ray.records.provenance import redacted, versions
 
 MAX_EVENTS = 400
+WITH_INCIDENTS = "Restarts, failures, quarantined prompts and warnings; times are counted from the start of the run."
+WITHOUT = "No restart, failure, quarantined prompt or warning."
 Events = Sequence[Mapping[str, Any]]
 
 
@@ -64,18 +67,8 @@ def _metrics_section(rows: MetricRows) -> PageSection:
         ends = [f"{v:.4g}" for v in (values[0], values[-1], min(values), max(values))] if values else ["–"] * 4
         metric = describe(name)
         lines.append(TableRow([name, thinned(values), *ends, metric.unit, metric.meaning]))
-    return PageSection(
-        id="metrics",
-        title="All metrics",
-        intro="Every series of metrics.jsonl; after a restart, the last attempt of each step.",
-        tables=[
-            Table(
-                head=["metric", "over the run", "first", "last", "min", "max", "unit", "what it is"],
-                styles={"metric": "code", "over the run": "spark", "unit": "quiet", "what it is": "meaning"},
-                rows=lines,
-            )
-        ],
-    )
+    head = ["metric", "over the run", "first", "last", "min", "max", "unit", "what it is"]
+    return section(TEXT, "metrics", tables={"metrics": Table(head=head, rows=lines)})
 
 
 def _settings_section(config: Mapping[str, Any], events: Events) -> PageSection:
@@ -86,18 +79,15 @@ def _settings_section(config: Mapping[str, Any], events: Events) -> PageSection:
         groups.setdefault(name if isinstance(value, dict) else "top level", {}).update(
             value if isinstance(value, dict) else {name: value}
         )
-    return PageSection(
-        id="settings",
-        title="Settings and versions",
-        menu="Settings",
-        intro="config.toml of the run, and what it ran on.",
-        groups={title: {key: str(value) for key, value in fields.items()} for title, fields in groups.items()},
-    )
+    told_of = {title: {key: str(value) for key, value in fields.items()} for title, fields in groups.items()}
+    return section(TEXT, "settings", groups=told_of)
 
 
 def _events_section(events: Events) -> list[PageSection]:
     """Events as text, with the time since the first one: those that need attention, and the last of all."""
-    start = float(events[0].get(TIME, 0.0)) if events else 0.0
+    if not events:
+        return []
+    start = float(events[0].get(TIME, 0.0))
     rows = [
         TableRow(
             [
@@ -108,25 +98,10 @@ def _events_section(events: Events) -> list[PageSection]:
         )
         for event in events
     ]
-    incidents = [row for row in rows if row.cells[1] in INCIDENTS]
-    said = "Restarts, failures, quarantined prompts and warnings; times are counted from the start of the run."
-    section = PageSection(
-        id="events",
-        title="Events",
-        intro=said if incidents else "No restart, failure, quarantined prompt or warning.",
-        tables=[
-            *([_event_table(incidents)] if incidents else []),
-            _event_table(rows, title=f"All events ({min(len(rows), MAX_EVENTS)})", folded=True),
-        ],
-    )
-    return [section] if events else []
-
-
-def _event_table(rows: Sequence[TableRow], *, title: str = "", folded: bool = False) -> Table:
-    return Table(
-        head=["after", "event", "what"],
-        styles={"after": "num", "event": "kind", "what": "meaning"},
-        rows=rows[-MAX_EVENTS:],
-        title=title,
-        folded=folded,
-    )
+    incidents = [row for row in rows if row.cells[1] in INCIDENTS][-MAX_EVENTS:]
+    last = rows[-MAX_EVENTS:]
+    head = ["after", "event", "what"]
+    tables = {"all": Table(head=head, rows=last, title=f"All events ({len(last)})")}
+    if incidents:
+        tables = {"incidents": Table(head=head, rows=incidents)} | tables
+    return [section(TEXT, "events", intro=WITH_INCIDENTS if incidents else WITHOUT, tables=tables)]

@@ -6,11 +6,14 @@ from typing import Any
 
 from r3hf_ray.instruments.pages.coloured_answers import TRUE_UNDERLINES
 from r3hf_ray.instruments.pages.parts import PageSection
+from r3hf_ray.instruments.pages.texts import section
 from r3hf_ray.instruments.report.credit import Payment, coloured_answers
+from r3hf_ray.instruments.report.figures import TEXT
 from r3hf_ray.records.samples import read_samples, sample_steps
 
 MAX_DUMPS = 8
 MAX_TOKENS = 2000
+TRUTH = " Underlines are the truth, which this task knows: a good method is blue over green and orange over red."
 TOKEN_FIELDS = ("reward", "value", "advantage", "kl", "prefix_score", "logprob")
 
 
@@ -22,17 +25,8 @@ def responses_section(run_folder: Path, payment: Payment) -> list[PageSection]:
     dumps = [{"step": step, "responses": [_response(r) for r in read_samples(run_folder, step)]} for step in steps]
     if not dumps:
         return []
-    section = PageSection(
-        id="responses",
-        title="What did it learn to say?",
-        menu="Responses",
-        intro="Responses sampled in training. Each token is coloured by what it earned: blue raised the reward, orange "
-        f"lowered it. Point at a token for its numbers. The line under a response is the "
-        f"{'first ' if payment.several else ''}reward model's score of everything up to that token"
-        f"{payment.of_a_token}.",
-        responses=dumps,
-    )
-    return [section]
+    words = {"first": "first " if payment.several else "", "of_a_token": payment.of_a_token}
+    return [section(TEXT, "responses", words, responses=dumps)]
 
 
 def methods_section(run_folder: Path, payment: Payment) -> list[PageSection]:
@@ -41,21 +35,8 @@ def methods_section(run_folder: Path, payment: Payment) -> list[PageSection]:
     if not answers:
         return []
     known = any(any(text.marks) for answer in answers for text in answer.texts)
-    truth = " Underlines are the truth, which this task knows: a good method is blue over green and orange over red."
-    section = PageSection(
-        id="methods",
-        title="The same answer, paid by each method",
-        menu="Methods",
-        intro="The reward model judges whole answers; a method decides which words are paid for that score. Each row "
-        "pays the same words by another method: blue words earned reward, orange ones lost it, and a stronger colour "
-        "is more. The line under the words is the score of everything up to there; r3hf pays each word the step that "
-        f"the line takes at it.{truth if known else ''}",
-        answers=answers,
-        underlines=TRUE_UNDERLINES if known else {},
-        note=f"Numbers are {payment.unit}; one colour scale for all methods of an answer. A number beside a method is "
-        "what it pays in all, two numbers are the score before and after the line. Point at a word to see its own.",
-    )
-    return [section]
+    words = {"truth": TRUTH if known else "", "unit": payment.unit}
+    return [section(TEXT, "methods", words, answers=answers, underlines=TRUE_UNDERLINES if known else {})]
 
 
 def _response(tokens: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

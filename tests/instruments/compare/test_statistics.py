@@ -6,7 +6,6 @@ from r3hf_ray.instruments.compare.statistics import (
     Difference,
     Ratio,
     Reach,
-    band,
     by_cell,
     mean,
     mean_near,
@@ -14,6 +13,7 @@ from r3hf_ray.instruments.compare.statistics import (
     paired_difference,
     paired_ratios,
     samples_to,
+    shared_points,
     spread,
     trailing_mean,
 )
@@ -42,16 +42,11 @@ def test_samples_count_the_step_whose_mean_is_there() -> None:
     assert samples_to(0.0, samples[:1], golds[:1], window=2) is None
 
 
-def test_band_is_over_what_all_seeds_have() -> None:
-    found = band([([1.0, 2.0, 3.0], [0.0, 4.0, 8.0]), ([2.0, 3.0, 4.0], [1.0, 2.0, 7.0]), ([3.0, 2.0], [5.0, 1.0])])
-    assert (found.x, found.mean, found.low, found.high, found.seeds) == (
-        [2.0, 3.0],
-        [2.0, 5.0],
-        [1.0, 2.0],
-        [4.0, 8.0],
-        3,
-    )
-    assert band([]).x == []
+def test_points_are_those_that_all_seeds_have() -> None:
+    curves = [([1.0, 2.0, 3.0], [0.0, 4.0, 8.0]), ([2.0, 3.0, 4.0], [1.0, 2.0, 7.0]), ([3.0, 2.0], [5.0, 1.0])]
+    found = shared_points(curves)
+    assert list(found.items()) == [(2.0, [4.0, 1.0, 1.0]), (3.0, [8.0, 2.0, 5.0])]
+    assert shared_points([]) == {}
 
 
 def test_cells_mean_what_is_in_them_and_invent_none() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from r3hf_ray.instruments.pages.intervals import Estimate
 from r3hf_ray.instruments.pages.parts import (
+    Chart,
     Check,
     Page,
     PageSection,
@@ -13,7 +14,6 @@ from r3hf_ray.instruments.pages.parts import (
     Table,
     TableRow,
     Tile,
-    area_chart,
     estimates,
     model_name,
 )
@@ -26,6 +26,7 @@ TABLE = Table(
     styles={"curve": "spark", "note": "meaning"},
     note="As it was.",
 )
+AREAS = Series(label="x", x=["a", "b"], y=[0.25, math.nan])
 PAGE = Page(
     brand="r3hf_ray test",
     title="small",
@@ -43,7 +44,7 @@ PAGE = Page(
             settings=[("reward.mode", '"r3hf"')],
             reason="It is quick.",
             checks=[Check("good", "met", "it is fast")],
-            charts=[area_chart("Areas", "Of two.", [Series(label="x", x=["a", "b"], y=[0.25, math.nan])])],
+            charts=[Chart(title="Areas", sentence="Of two.", kind="dots", reference=0.5, series=[AREAS])],
         ),
         PageSection(id="numbers", title="All numbers", intro="Here.", tables=[TABLE], groups={"model": {"size": "2"}}),
     ],

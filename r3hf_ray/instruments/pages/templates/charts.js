@@ -17,13 +17,13 @@ function lineTraces(series, i, chart) {
   }];
 }
 
-function dotTraces(series, i) {
+function dotTraces(series, i, chart) {
   const hex = inkOf(series, i), known = series.low.some(has);
   return [{
     x: series.y, y: series.x, name: series.label, mode: "markers", type: "scatter",
     marker: { color: series.marks.length ? series.marks.map((quiet) => (quiet ? colour("--c6") : hex)) : hex, size: 9, symbol: i ? "diamond-open" : "circle", line: { width: 2 } },
     error_x: known ? { type: "data", symmetric: false, array: series.high.map((h, k) => h - series.y[k]), arrayminus: series.low.map((l, k) => series.y[k] - l), color: colour("--quiet"), thickness: 1.2, width: 4 } : undefined,
-    hovertemplate: "%{y}: %{x:.3f}<extra>" + series.label + "</extra>",
+    hovertemplate: "%{y}: %{x:.3f}<extra>" + (series.label || chart.title) + "</extra>",
   }];
 }
 

@@ -1,6 +1,7 @@
 # make quickstart   set up .venv once, then SFT -> reward model -> PPO on the toy world, ending with a report
 # make test         set up .venv once, then all tests but those on hosts
 # make test-hosts   tests on several hosts made on this machine (root; Debian's iproute2 and iptables)
+# make plan-check   r3hf plan beside torch's own memory tracker, for 1.5 to 70 billion parameters (10 minutes)
 #
 # PYTHON=...        a Python 3.11 or 3.12 (the lock is made for 3.11)
 # TORCH_INDEX=...   package index with torch's CPU wheels, used where pip's own indexes have none
@@ -12,7 +13,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-hosts lint format bench clean
+.PHONY: help setup quickstart test test-hosts lint format bench plan-check clean
 
 SUPPORTED := import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
@@ -65,6 +66,10 @@ format: setup
 
 bench: setup
 	@PYTHONPATH=tests $(BIN)/python -m bench $(ARGS)
+
+plan-check: setup
+	@for one in "Qwen2.5-1.5B 4" "Qwen2.5-1.5B 4 gradient_checkpointing=false" "Llama-3-8B 8" "Llama-3-70B 64"; do \
+	  PYTHONPATH=tests $(BIN)/python -m plan_check $$one; done
 
 # Runs and models are results, not build products: they stay.
 clean:

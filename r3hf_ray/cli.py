@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from r3hf_ray import __version__
-from r3hf_ray.config import PPOConfig, RewardConfig, SFTConfig
+from r3hf_ray.config import PlanConfig, PPOConfig, RewardConfig, SFTConfig
 from r3hf_ray.errors import ConfigError, RunFailed, Terminated
 from r3hf_ray.flags import (
     AuditFlags,
@@ -21,6 +21,7 @@ from r3hf_ray.flags import (
     FetchSmolLM2Flags,
     Flags,
     JobFlags,
+    PlanFlags,
     QuickstartFlags,
     ReplayFlags,
     ReportFlags,
@@ -70,7 +71,7 @@ def _command(words: list[str], console: Console) -> int:
         return 0
     _quiet_libraries()
     options = read_flags(entry.flags, name, rest)
-    if isinstance(options, JobFlags | CompareFlags) and entry.job:
+    if isinstance(options, JobFlags | PlanFlags | CompareFlags) and entry.job:
         return entry.run(load(entry.job, options.job, options.overrides), options, console)
     return entry.run(options, console)
 
@@ -95,6 +96,29 @@ def _ppo(config: PPOConfig, options: JobFlags, console: Console) -> int:
     report = write_report(result.folder)
     console.print(f"model: {result.folder / 'model'}\nreport: {report}  ({result.seconds:.0f} s)")
     return 0
+
+
+def _plan(config: PlanConfig, options: PlanFlags, console: Console) -> int:
+    from r3hf_ray.counts_and_warnings import arithmetic
+    from r3hf_ray.planning.placement import cluster_of
+    from r3hf_ray.planning.plan import as_json, make_plan
+    from r3hf_ray.planning.tables import show
+    from r3hf_ray.planning.transfers import Links
+
+    cluster = cluster_of(
+        nodes=options.nodes,
+        gpus=options.gpus_per_node,
+        gpu_gib=options.gpu_gb,
+        cpus=options.cpus_per_node,
+        cpu_gib=options.cpu_gb,
+    )
+    plan = make_plan(config, cluster, Links.of_gbit(node=options.link_gbit, storage=options.storage_gbit))
+    counts = arithmetic(config, None)
+    if options.as_json:
+        console.print_json(data={"counts": dict(counts), **as_json(plan)})
+    else:
+        show(plan, cluster, counts, console)
+    return 0 if plan.fits else 1
 
 
 def _compare(config: CompareConfig, options: CompareFlags, console: Console) -> int:
@@ -194,6 +218,13 @@ COMMANDS: dict[str, Entry] = {
         _GOES_ON,
     ),
     "ppo": Entry("train", JobFlags, PPOConfig, "r3hf ppo jobs/hh_rlhf.toml --ppo.steps 200 --resume", _ppo, _GOES_ON),
+    "plan": Entry(
+        "look",
+        PlanFlags,
+        PlanConfig,
+        "r3hf plan jobs/hh_rlhf.toml --nodes 2 --gpus-per-node 8 --gpu-gb 80 --cpu-gb 1000 --learner.ranks 8",
+        _plan,
+    ),
     "report": Entry("look", ReportFlags, None, "r3hf report runs/hh_rlhf", _report),
     "verify": Entry("look", VerifyFlags, None, "r3hf verify runs/hh_rlhf", _verify),
     "audit": Entry(

@@ -207,3 +207,9 @@ class PPOConfig(Command):
                 "stands in for a critic",
             ),
         ]
+
+
+class PlanConfig(PPOConfig):
+    """What a job of `r3hf ppo` needs of memory, links and nodes, and whether it fits; no weight is read."""
+
+    command: ClassVar[str] = "plan"

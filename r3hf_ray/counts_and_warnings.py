@@ -8,18 +8,18 @@ from pydantic import BaseModel
 from r3hf_ray.config import PPOConfig
 
 
-def arithmetic(config: PPOConfig, prompts: int) -> list[tuple[str, str]]:
-    """The counts of a run, in words, printed before any actor starts."""
+def arithmetic(config: PPOConfig, prompts: int | None) -> list[tuple[str, str]]:
+    """The counts of a run, in words, printed before any actor starts; ``prompts`` is None where no data was read."""
     rollout, ppo, ranks = config.rollout, config.ppo, config.learner.ranks
     responses = config.responses_per_step
     chunk = rollout.prompts_per_step // rollout.chunks * rollout.samples_per_prompt
-    passes = ppo.steps * rollout.prompts_per_step / prompts
+    drawn = f"{rollout.prompts_per_step} a step: {rollout.prompts_per_step * ppo.steps} in {ppo.steps} steps"
+    if prompts is not None:
+        passes = ppo.steps * rollout.prompts_per_step / prompts
+        drawn = f"{prompts} to train on, {rollout.prompts_per_step} a step: {passes:.2f} passes in {ppo.steps} steps"
     updates = ppo.epochs * ppo.minibatches
     return [
-        (
-            "prompts",
-            f"{prompts} to train on, {rollout.prompts_per_step} a step: {passes:.2f} passes in {ppo.steps} steps",
-        ),
+        ("prompts", drawn),
         (
             "responses",
             f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} = {responses} a step, "
@@ -79,24 +79,20 @@ def risks(config: PPOConfig) -> list[str]:
     return warnings
 
 
-def not_as_asked(config: PPOConfig, *, heldout: int, window: int) -> list[str]:
+def not_as_asked(config: PPOConfig, *, heldout: int) -> list[str]:
     """Settings that were given and are capped or not read in this run: one sentence each.
 
     Args:
         config: of the run; a field at its default was not asked for.
         heldout: held-out prompts that the data gives.
-        window: longest text that policy and reference read. [tokens]
     """
-    return [
-        *_capped(config, heldout, window),
-        *(f"{names} not read: {why}" for names, why in _not_read(config, heldout)),
-    ]
+    return [*_capped(config, heldout), *(f"{names} not read: {why}" for names, why in _not_read(config, heldout))]
 
 
-def _capped(config: PPOConfig, heldout: int, window: int) -> list[str]:
+def _capped(config: PPOConfig, heldout: int) -> list[str]:
     rollout, tracking, ranks = config.rollout, config.tracking, config.learner.ranks
     in_flight, share = rollout.chunks * (rollout.max_lag + 1), config.responses_per_step // ranks
-    asked, probe = "prompts" in _given(config.evaluation), config.weights.probe_tokens
+    asked = "prompts" in _given(config.evaluation)
     found = [
         (
             rollout.actors > in_flight,
@@ -114,7 +110,6 @@ def _capped(config: PPOConfig, heldout: int, window: int) -> list[str]:
             f"tracking.samples_per_dump = {tracking.samples_per_dump}: a dump has at most {share} responses, those of "
             "rank 0",
         ),
-        (probe >= window, f"weights.probe_tokens = {probe}: the models read {window}, so that {window - 1} are used"),
     ]
     return [sentence for holds, sentence in found if holds]
 

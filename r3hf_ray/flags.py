@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from pydantic import Field
 from pydantic_settings import CliPositionalArg, CliUnknownArgs, SettingsConfigDict
 
 from r3hf_ray.sections.data import DataSection, RowFormat
-from r3hf_ray.sections.fields import NonNegative, Positive
+from r3hf_ray.sections.fields import NonNegative, Positive, PositiveFloat
 from r3hf_ray.settings import Command
 
 
@@ -22,6 +23,30 @@ class JobFlags(Flags, cli_ignore_unknown_args=True):
     """The TOML file."""
     resume: bool = False
     """Go on where the run of this name stopped."""
+    overrides: CliUnknownArgs
+
+
+class PlanFlags(Flags, cli_ignore_unknown_args=True):
+    """What a job of `r3hf ppo` needs of memory, links and nodes, and whether it fits; no weight is read."""
+
+    job: CliPositionalArg[Path]
+    """The TOML file."""
+    nodes: Positive = 1
+    """Equal nodes of the cluster."""
+    gpus_per_node: NonNegative | None = None
+    """GPUs of a node; this machine's when left out."""
+    gpu_gb: PositiveFloat | None = None
+    """Memory of a GPU; this machine's when left out, and 80 where it has none. [GiB]"""
+    cpu_gb: PositiveFloat | None = None
+    """Host memory of a node; this machine's when left out. [GiB]"""
+    cpus_per_node: PositiveFloat | None = None
+    """Logical CPUs of a node; not counted when left out."""
+    link_gbit: PositiveFloat = 100.0
+    """Network of a node. [Gbit/s]"""
+    storage_gbit: PositiveFloat = 10.0
+    """The run folder's storage, all ranks together. [Gbit/s]"""
+    as_json: bool = Field(default=False, alias="json")
+    """Print the plan as JSON, sizes in bytes."""
     overrides: CliUnknownArgs
 
 

@@ -81,7 +81,9 @@ def overview(commands: dict[str, tuple[str, type[Command], type[Command] | None]
 
 def _flags(schema: type[Command]) -> Iterator[tuple[str, FieldInfo]]:
     return (
-        (name.replace("_", "-"), field) for name, field in schema.model_fields.items() if _UNKNOWN not in field.metadata
+        ((field.alias or name).replace("_", "-"), field)
+        for name, field in schema.model_fields.items()
+        if _UNKNOWN not in field.metadata
     )
 
 

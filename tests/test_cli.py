@@ -25,7 +25,7 @@ from r3hf_ray import __version__
 from r3hf_ray.cli import COMMANDS, main
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import DivergenceError, ModelError, RunFailed
-from r3hf_ray.flags import AuditFlags, CompareFlags, JobFlags
+from r3hf_ray.flags import AuditFlags, CompareFlags, JobFlags, PlanFlags
 from r3hf_ray.records.run_folder import open_run
 from r3hf_ray.sections.data import DataSection
 from r3hf_ray.settings import fields_of, load, read_flags, section_in
@@ -287,7 +287,7 @@ def test_help_of_a_command_fits_a_screen_and_gives_an_example(
     assert name == command
     monkeypatch.chdir(Path(__file__).parents[1])
     options = read_flags(COMMANDS[name].flags, name, words)
-    if isinstance(options, JobFlags | CompareFlags):
+    if isinstance(options, JobFlags | PlanFlags | CompareFlags):
         job = COMMANDS[name].job
         assert job is not None
         load(job, options.job, options.overrides)

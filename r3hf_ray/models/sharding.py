@@ -88,8 +88,12 @@ def reduce_gradients(module: nn.Module, last: bool, when: str) -> None:
     """
     if isinstance(module, FSDPModule):
         whole = sum(p.numel() * p.element_size() for p in module.parameters())
-        once = when == "minibatch" or (when == "auto" and whole <= WHOLE_GRADIENT_BYTES)
-        module.set_requires_gradient_sync(last or not once)
+        module.set_requires_gradient_sync(last or not once_a_minibatch(whole, when))
+
+
+def once_a_minibatch(whole: int, when: str) -> bool:
+    """Whether a gradient of ``whole`` bytes stays whole until the last backward; ``when`` as in `reduce_gradients`."""
+    return when == "minibatch" or (when == "auto" and whole <= WHOLE_GRADIENT_BYTES)
 
 
 def checkpoint_activations(module: nn.Module) -> None:

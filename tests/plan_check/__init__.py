@@ -1,0 +1,1 @@
+"""`r3hf plan` held to measurements; see `__main__`."""

@@ -79,20 +79,24 @@ def risks(config: PPOConfig) -> list[str]:
     return warnings
 
 
-def not_as_asked(config: PPOConfig, *, heldout: int) -> list[str]:
+def not_as_asked(config: PPOConfig, *, heldout: int, window: int) -> list[str]:
     """Settings that were given and are capped or not read in this run: one sentence each.
 
     Args:
         config: of the run; a field at its default was not asked for.
         heldout: held-out prompts that the data gives.
+        window: longest text that policy and reference read. [tokens]
     """
-    return [*_capped(config, heldout), *(f"{names} not read: {why}" for names, why in _not_read(config, heldout))]
+    return [
+        *_capped(config, heldout, window),
+        *(f"{names} not read: {why}" for names, why in _not_read(config, heldout)),
+    ]
 
 
-def _capped(config: PPOConfig, heldout: int) -> list[str]:
+def _capped(config: PPOConfig, heldout: int, window: int) -> list[str]:
     rollout, tracking, ranks = config.rollout, config.tracking, config.learner.ranks
     in_flight, share = rollout.chunks * (rollout.max_lag + 1), config.responses_per_step // ranks
-    asked = "prompts" in _given(config.evaluation)
+    asked, probe = "prompts" in _given(config.evaluation), config.weights.probe_tokens
     found = [
         (
             rollout.actors > in_flight,
@@ -110,6 +114,7 @@ def _capped(config: PPOConfig, heldout: int) -> list[str]:
             f"tracking.samples_per_dump = {tracking.samples_per_dump}: a dump has at most {share} responses, those of "
             "rank 0",
         ),
+        (probe >= window, f"weights.probe_tokens = {probe}: the models read {window}, so that {window - 1} are used"),
     ]
     return [sentence for holds, sentence in found if holds]
 

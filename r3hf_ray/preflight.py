@@ -101,7 +101,7 @@ def check(config: PPOConfig) -> Plan:
         probe_ids=probe_sequence(prompts, min(config.weights.probe_tokens, window - 1)),
         warnings=[
             *risks(config),
-            *not_as_asked(config, heldout=len(heldout)),
+            *not_as_asked(config, heldout=len(heldout), window=window),
             *settled,
             *(note for _, note in models.values() if note),
         ],

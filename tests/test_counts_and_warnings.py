@@ -60,10 +60,13 @@ def test_chunks_follow_the_actors_as_far_as_they_can_be_equal(rollout: dict[str,
 
 def test_samplers_that_idle_are_named() -> None:
     config = configure(rollout={"actors": 8, "chunks_per_step": 2})
-    (sentence,) = not_as_asked(config, heldout=300)
+    (sentence,) = not_as_asked(config, heldout=300, window=512)
     assert "rollout.actors = 8: 6 of them idle" in sentence
-    assert not_as_asked(configure(rollout={"actors": 8, "chunks_per_step": 4, "max_lag": 1}), heldout=300) == []
-    assert not_as_asked(configure(rollout={"actors": 8}), heldout=300) == []
+    assert (
+        not_as_asked(configure(rollout={"actors": 8, "chunks_per_step": 4, "max_lag": 1}), heldout=300, window=512)
+        == []
+    )
+    assert not_as_asked(configure(rollout={"actors": 8}), heldout=300, window=512) == []
 
 
 @pytest.mark.parametrize(
@@ -96,6 +99,7 @@ def test_samplers_that_idle_are_named() -> None:
             300,
             ["ppo.gae_lambda is not read", "ppo.advantage = grpo"],
         ),
+        ({"weights": {"probe_tokens": 600}}, 300, ["weights.probe_tokens = 600: the models read 512", "511 are used"]),
         ({"ppo": {"kl_horizon": 5.0}}, 300, ["ppo.kl_horizon is not read"]),
         ({"weights": {"probe_tokens": 0, "max_logprob_gap": 0.1}}, 300, ["weights.max_logprob_gap is not read"]),
     ],
@@ -104,23 +108,23 @@ def test_samplers_that_idle_are_named() -> None:
 def test_what_is_capped_or_not_read_is_said_once(
     sections: dict[str, dict[str, Any]], heldout: int, words: list[str]
 ) -> None:
-    (sentence,) = not_as_asked(configure(**sections), heldout=heldout)
+    (sentence,) = not_as_asked(configure(**sections), heldout=heldout, window=512)
     assert all(word in sentence for word in words)
 
 
 def test_cpus_are_not_read_on_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     config = configure(run={"name": "x", "cpus": 2.0})
-    assert not_as_asked(config, heldout=300) == []
+    assert not_as_asked(config, heldout=300, window=512) == []
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    (sentence,) = not_as_asked(config, heldout=300)
+    (sentence,) = not_as_asked(config, heldout=300, window=512)
     assert sentence.startswith("run.cpus is not read: RAY_ADDRESS")
 
 
 def test_what_was_not_asked_for_is_no_news() -> None:
     given = configure(rollout={"gpu_memory_utilization": 0.85}, evaluation={"every": 0})
-    assert not_as_asked(configure(), heldout=16) == not_as_asked(given, heldout=16) == []
+    assert not_as_asked(configure(), heldout=16, window=512) == not_as_asked(given, heldout=16, window=512) == []
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
 def test_our_own_jobs_ask_for_nothing_that_is_not_done(job: Path) -> None:
-    assert not_as_asked(load(PPOConfig, job, []), heldout=10_000) == []
+    assert not_as_asked(load(PPOConfig, job, []), heldout=10_000, window=512) == []

@@ -167,6 +167,17 @@ FUNCTIONS: dict[str, Callable[..., Float[Tensor, "B T"]]] = {
 """By the names of `methods.METHODS`, where the facts of each stand."""
 
 
+def every_method(
+    scores: PrefixScores, response_mask: Bool[Tensor, "B T"], **at_hand: Tensor
+) -> dict[str, Float[Tensor, "B T"]]:
+    """What each method pays by itself, by name; one whose `MethodFacts.needs` are not at hand is left out."""
+    return {
+        mode: FUNCTIONS[mode](scores, response_mask, **{name: at_hand[name] for name in facts.needs})
+        for mode, facts in METHODS.items()
+        if at_hand.keys() >= set(facts.needs)
+    }
+
+
 def settle_eos_jump(
     scores: PrefixScores, response_mask: Bool[Tensor, "B T"], finished: Bool[Tensor, "B"], *, rule: str
 ) -> PrefixScores:

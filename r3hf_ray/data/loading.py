@@ -57,6 +57,8 @@ class Report:
     used: int = 0
     heldout: int = 0
     """How many of the used ones are held out."""
+    limit: int = 0
+    """How many were asked for, where there are fewer."""
     repeated: int = 0
     """Training rows whose prompt is held out too (`data.split_by` is `row`)."""
     form: str = ""
@@ -68,6 +70,7 @@ class Report:
 
     def __str__(self) -> str:
         summary = f"{self.source}: {self.used:,} of {self.read:,} rows used"
+        summary += f", fewer than the limit of {self.limit:,}" if self.limit else ""
         if self.heldout:
             kept = f"; {self.repeated:,} of the others share a prompt with them, as data.split_by = row lets them"
             summary += f", {self.heldout:,} of them held out" + (kept if self.repeated else "")
@@ -240,6 +243,7 @@ def _load(data: DataSection, convert: Callable[[int, Record], T]) -> Loaded[T]:
     end = None if data.limit is None else data.skip + data.limit
     found = list(islice(read_rows(source, read, report), end))
     selected = found[data.skip :]
+    report.limit = data.limit if data.limit and len(selected) < data.limit else 0
     train, heldout = selected[: max(0, len(selected) - data.heldout)], selected[-data.heldout or len(selected) :]
     asked = {prompt for _, prompt, _ in heldout}
     shared = [number for number, prompt, _ in train if prompt in asked]

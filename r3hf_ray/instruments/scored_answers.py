@@ -7,7 +7,6 @@ their mean and divided by their standard deviation over the answers at hand. Eve
 from collections.abc import Iterator, Sequence, Set
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from r3hf_ray.algorithms.batching import microbatches, pad_rows
-from r3hf_ray.algorithms.redistribution import FUNCTIONS, PrefixScores, redistribute, telescoping_error
+from r3hf_ray.algorithms.redistribution import PrefixScores, every_method, r3hf, telescoping_error
 from r3hf_ray.algorithms.spans import sentence_ends
 from r3hf_ray.errors import ModelError
 from r3hf_ray.instruments.pages.coloured_answers import AnswerText
-from r3hf_ray.methods import METHODS
 from r3hf_ray.models.chat import Chat, pooling_suffix
 from r3hf_ray.models.folder import ModelFolder, check_same_vocabulary, load_tokenizer
 from r3hf_ray.models.load import load_policy, score_head
@@ -211,20 +209,14 @@ def credit_by_method(judge: Judge, scored: Sequence[Scored], unit: ScoreUnit) ->
     tokenizer ends a sentence.
     """
     scores, mask = standardised(scored, unit)
-    at_hand = _attention(scored) | _span_ends(judge, scored, mask)
-    paid: dict[str, Credit] = {}
-    for mode, facts in METHODS.items():
-        if at_hand.keys() >= set(facts.needs):
-            bound = partial(FUNCTIONS[mode], **{name: at_hand[name] for name in facts.needs})
-            rewards = redistribute(scores, mask, mode=mode, beta_c=1.0, subtract_prompt_score=True, method=bound)
-            paid[mode] = unpadded(rewards, mask)
-    return paid
+    paid = every_method(scores, mask, **_attention(scored), **_span_ends(judge, scored, mask))
+    return {mode: unpadded(rewards, mask) for mode, rewards in paid.items()}
 
 
 def r3hf_credit(scored: Sequence[Scored], unit: ScoreUnit) -> Credit:
     """What `r3hf` pays each token, in standard deviations of the score."""
     scores, mask = standardised(scored, unit)
-    return unpadded(redistribute(scores, mask, mode="r3hf", beta_c=1.0, subtract_prompt_score=True), mask)
+    return unpadded(r3hf(scores, mask), mask)
 
 
 def _attention(scored: Sequence[Scored]) -> dict[str, Tensor]:
@@ -244,8 +236,7 @@ def _span_ends(judge: Judge, scored: Sequence[Scored], mask: Tensor) -> dict[str
 def largest_telescoping_error(scored: Sequence[Scored], unit: ScoreUnit) -> float:
     """Largest relative gap between a response's `r3hf` rewards and R(x, y) - R(x, empty); about 1e-7 is rounding."""
     scores, mask = standardised(scored, unit)
-    rewards = redistribute(scores, mask, mode="r3hf", beta_c=1.0, subtract_prompt_score=True)
-    gap = telescoping_error(rewards, scores, mask, mode="r3hf", beta_c=1.0, subtract_prompt_score=True)
+    gap = telescoping_error(r3hf(scores, mask), scores, mask, mode="r3hf", beta_c=1.0, subtract_prompt_score=True)
     return float(gap.max())
 
 

@@ -13,7 +13,7 @@ class SFTSection(Section):
     batch_size: Positive = 32
     """Sequences of one optimizer step over all ranks. [sequences]"""
     microbatch_size: Positive = 32
-    """Sequences of one forward on one rank. [sequences]"""
+    """Sequences of one forward on one rank, at most its share of a step. [sequences]"""
     learning_rate: PositiveFloat = 2e-5
     """Peak learning rate."""
     max_tokens: Positive = 1024

@@ -72,6 +72,15 @@ def test_a_long_list_is_cut_and_counted(tmp_path: Path, tokenizer: PreTrainedTok
     assert str(report).endswith("21 and 10 more)")
 
 
+def test_a_limit_that_is_not_reached_is_said(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [pair(n) for n in range(5)]
+    reports = {
+        n: str(load_pairs(section(tmp_path, rows, skip=1, limit=n), tokenizer, max_tokens=80).report) for n in (4, 9)
+    }
+    assert reports[9].endswith("4 of 5 rows used, fewer than the limit of 9")
+    assert reports[4].endswith("4 of 5 rows used")
+
+
 def test_skip_limit_and_heldout_count_usable_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [pair(n, chosen="" if n == 2 else "Yes") for n in range(10)]
     data = section(tmp_path, rows, skip=1, limit=5, heldout=2)

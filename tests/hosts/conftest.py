@@ -87,6 +87,10 @@ class Driver:
         """Until that many steps are done."""
         self.wait_for(lambda: max(self.steps, default=0) >= step, f"step {step}")
 
+    def verified(self) -> str:
+        """What `r3hf verify` prints of the run; fails where it finds a fault."""
+        return self.host.run("r3hf", "verify", str(self.folder), timeout=120.0)
+
     def end(self, *, seconds: float = 420.0) -> int:
         """Its exit code."""
         try:
@@ -109,10 +113,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+    from r3hf_ray.instruments.toy.settings import ToySection
     from r3hf_ray.instruments.toy.world import make_world
 
     folder = tmp_path_factory.mktemp("hosts_world")
-    make_world(folder, sft_rows=1, train_prompts=24, heldout_prompts=0)
+    make_world(folder, ToySection(sft_rows=1, train_prompts=24, heldout_prompts=8))
     torch.manual_seed(1)
     model = LlamaForSequenceClassification(LlamaConfig.from_pretrained(folder / "base", num_labels=1))
     torch.nn.init.normal_(model.score.weight)

@@ -134,6 +134,15 @@ class Host:
         """Every process on the host."""
         return [int(pid) for pid in _run("ip", "netns", "pids", self.namespace).split() if int(pid) != self.holder.pid]
 
+    def processes(self, title: str) -> list[int]:
+        """Processes whose title begins so (`ray::RolloutActor`), in the order they were started."""
+        return sorted(pid for pid in self.pids() if _command(pid).startswith(title))
+
+    def signal(self, number: signal.Signals, *pids: int) -> None:
+        """Send a signal to some of its processes."""
+        for pid in pids:
+            _signal(pid, number)
+
     def kill(self) -> None:
         """The host dies: all its processes at once, without notice. Its disk and its cable stay."""
         for pid in self.pids():

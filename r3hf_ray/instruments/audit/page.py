@@ -43,8 +43,11 @@ def audit_page(
         ("critic.init", f'"{advice.critic_init}"'),
         ("ppo.gae_lambda", f"{advice.gae_lambda:g}"),
     ]
-    length = audit.length
-    correlations = {"answers": length.correlation, "pairs": length.difference_correlation}
+    words = {
+        "answers": audit.length.correlation,
+        "pairs": audit.length.difference_correlation,
+        "dots": f", the first {SHOWN_DOTS} of {2 * audit.pairs:,}" if 2 * audit.pairs > SHOWN_DOTS else "",
+    }
     checks = [*(Check("warn", "Note.", note) for note in advice.notes), CAUTION]
     return Page(
         brand="r3hf_ray reward model audit",
@@ -57,7 +60,7 @@ def audit_page(
         sections=[
             section(TEXT, "start", settings=settings, reason=advice.reason, checks=checks),
             section(TEXT, "prefixes", charts=_prefix_curves(audit)),
-            section(TEXT, "credit", correlations, charts=_credit_by_place_and_length(audit, pairs)),
+            section(TEXT, "credit", words, charts=_credit_by_place_and_length(audit, pairs)),
             section(TEXT, "texts", answers=_coloured_pairs(pairs, tokenizer, audit)),
             section(TEXT, "numbers", tables={"all": _table(audit)}),
         ],

@@ -79,7 +79,7 @@ def load_marked(source: str, judge: Judge, *, limit: int | None) -> tuple[list[M
     opened = open_source(DataSection(source=source))
     report = Report(opened.name, opened.unit)
     found = list(islice(read_rows(opened, partial(_marked, judge=judge), report), limit))
-    report.used = len(found)
+    report.used, report.limit = len(found), limit if limit and len(found) < limit else 0
     if not found:
         raise report.nothing_left()
     return found, str(report)

@@ -16,7 +16,7 @@ from r3hf_ray.algorithms.advantages import gae
 from r3hf_ray.algorithms.batching import pad_rows
 from r3hf_ray.algorithms.credit import auc, pearson, phrase_sums
 from r3hf_ray.algorithms.masking import previous_token
-from r3hf_ray.algorithms.redistribution import redistribute
+from r3hf_ray.algorithms.redistribution import r3hf, terminal, uniform
 from r3hf_ray.draws import seed_of
 from r3hf_ray.errors import ModelError
 from r3hf_ray.instruments.pages.intervals import Estimate, mean_interval
@@ -192,10 +192,7 @@ def first_advantages(
     previous = previous_token(mask)
     before = torch.where(previous >= 0, scores.prefix.gather(1, previous.clamp(min=0)), scores.prompt[:, None])
     values = before.masked_fill(~mask, 0.0)  # R(x, y_<t)
-    sparse, dense, flat = (
-        redistribute(scores, mask, mode=mode, beta_c=1.0, subtract_prompt_score=True)
-        for mode in ("terminal", "r3hf", "uniform")
-    )
+    sparse, dense, flat = terminal(scores, mask), r3hf(scores, mask), uniform(scores, mask)
     arms = {
         "terminal, V = 0": (sparse, zero),
         "terminal, V = RM": (sparse, values),

@@ -8,14 +8,13 @@ has measured.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from r3hf_ray.algorithms.redistribution import FUNCTIONS, PrefixScores, redistribute
+from r3hf_ray.algorithms.redistribution import PrefixScores, every_method
 from r3hf_ray.algorithms.spans import ends_sentence
 from r3hf_ray.instruments.pages.coloured_answers import (
     AnswerText,
@@ -88,23 +87,16 @@ def payment_of(config: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -
 
 def paid_by_method(tokens: Tokens, payment: Payment) -> dict[str, np.ndarray]:
     """What each plain method pays each token of one response, in the run's unit; float64 arrays of its length."""
-    prefix = torch.tensor([[token["prefix_score"] for token in tokens]], dtype=torch.float64)
-    prompt, pooled = (torch.tensor([tokens[0][name]], dtype=torch.float64) for name in ("prompt_score", "score"))
-    scores = PrefixScores(
-        **{
-            name: (score - payment.mean) / payment.std
-            for name, score in {"prefix": prefix, "prompt": prompt, "pooled": pooled}.items()
-        }
-    )
+    first = tokens[0]
+
+    def scaled(values: Any) -> torch.Tensor:
+        return (torch.tensor([values], dtype=torch.float64) - payment.mean) / payment.std
+
+    prefix = scaled([token["prefix_score"] for token in tokens])
+    scores = PrefixScores(prefix=prefix, prompt=scaled(first["prompt_score"]), pooled=scaled(first["score"]))
     mask = torch.ones_like(prefix, dtype=torch.bool)
     ends = torch.tensor([[ends_sentence(token["token"]) for token in tokens]])
-    paid = {}
-    for mode, facts in METHODS.items():
-        if "attention" not in facts.needs:
-            method = partial(FUNCTIONS[mode], span_ends=ends) if facts.needs else FUNCTIONS[mode]
-            plain = redistribute(scores, mask, mode=mode, beta_c=1.0, subtract_prompt_score=True, method=method)
-            paid[mode] = plain[0].numpy()
-    return paid
+    return {mode: paid[0].numpy() for mode, paid in every_method(scores, mask, span_ends=ends).items()}
 
 
 def coloured_answers(run_folder: Path, payment: Payment) -> list[ColouredAnswer]:

@@ -98,10 +98,14 @@ def _events_section(events: Events) -> list[PageSection]:
         )
         for event in events
     ]
-    incidents = [row for row in rows if row.cells[1] in INCIDENTS][-MAX_EVENTS:]
-    last = rows[-MAX_EVENTS:]
-    head = ["after", "event", "what"]
-    tables = {"all": Table(head=head, rows=last, title=f"All events ({len(last)})")}
+    incidents = [row for row in rows if row.cells[1] in INCIDENTS]
+    tables = {"all": _table("All events", rows)}
     if incidents:
-        tables = {"incidents": Table(head=head, rows=incidents)} | tables
+        tables = {"incidents": _table("Incidents", incidents)} | tables
     return [section(TEXT, "events", intro=WITH_INCIDENTS if incidents else WITHOUT, tables=tables)]
+
+
+def _table(title: str, rows: Sequence[TableRow]) -> Table:
+    """The last `MAX_EVENTS` rows; the title says how many that is of how many."""
+    count = str(len(rows)) if len(rows) <= MAX_EVENTS else f"the last {MAX_EVENTS} of {len(rows):,}"
+    return Table(head=["after", "event", "what"], rows=rows[-MAX_EVENTS:], title=f"{title} ({count})")

@@ -7,11 +7,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from r3hf_ray import __version__
+from r3hf_ray import __version__, run_commands
 from r3hf_ray.config import PlanConfig, PPOConfig, RewardConfig, SFTConfig
 from r3hf_ray.errors import ConfigError, RunFailed, Terminated
 from r3hf_ray.flags import (
@@ -21,10 +22,16 @@ from r3hf_ray.flags import (
     FetchSmolLM2Flags,
     Flags,
     JobFlags,
+    JobsFlags,
+    LogsFlags,
     PlanFlags,
     QuickstartFlags,
     ReplayFlags,
     ReportFlags,
+    ScaleFlags,
+    StatusFlags,
+    StopFlags,
+    SubmitFlags,
     VerifyFlags,
 )
 from r3hf_ray.help_pages import command_page, fields_page, overview
@@ -45,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as stop:
         entry = COMMANDS.get(words[0])
-        errors.print(f"stopped; {entry.after_stop if entry else 'start the command again'}")
+        errors.print(
+            "; ".join(["stopped", *filter(None, [str(stop)]), entry.after_stop if entry else "start it again"])
+        )
         return 143 if isinstance(stop, Terminated) else 130
     except RunFailed as error:
         errors.print(f"[red]failed:[/red] {_plain(error)}")
@@ -145,7 +154,10 @@ def _report(options: ReportFlags, console: Console) -> int:
 def _verify(options: VerifyFlags, console: Console) -> int:
     from r3hf_ray.instruments.verify import verify
 
-    proofs = verify(options.folder)
+    folder = Path(options.run) if Path(options.run).is_dir() else run_commands.here(options.run)
+    if folder is None:
+        return run_commands.there("verify", options.run, options.address, [], console)
+    proofs = verify(folder)
     for proof in proofs:
         mark = {True: "[green]proven[/green]    ", None: "not proven", False: "[red]WRONG[/red]     "}[proof.holds]
         console.print(f"{mark}  {proof.claim}: {_plain(proof.found)}")
@@ -194,6 +206,11 @@ def _credit(options: CreditFlags, console: Console) -> int:
     return run_credit(options, console)
 
 
+def _submit(options: SubmitFlags, console: Console) -> int:
+    schemas = {name: entry.job for name, entry in COMMANDS.items() if entry.job}
+    return run_commands.submit(options, console, schemas=schemas)
+
+
 class Entry(NamedTuple):
     """A command: where `r3hf --help` lists it, what it reads, and what it does."""
 
@@ -218,6 +235,12 @@ COMMANDS: dict[str, Entry] = {
         _GOES_ON,
     ),
     "ppo": Entry("train", JobFlags, PPOConfig, "r3hf ppo jobs/hh_rlhf.toml --ppo.steps 200 --resume", _ppo, _GOES_ON),
+    "submit": Entry("run", SubmitFlags, None, "r3hf submit jobs/qwen2_hub.toml --follow --run.folder /runs", _submit),
+    "jobs": Entry("run", JobsFlags, None, "r3hf jobs --address http://127.0.0.1:8265", run_commands.jobs),
+    "status": Entry("run", StatusFlags, None, "r3hf status runs/hh_rlhf --watch", run_commands.status),
+    "logs": Entry("run", LogsFlags, None, "r3hf logs runs/hh_rlhf rollout-3", run_commands.logs),
+    "scale": Entry("run", ScaleFlags, None, "r3hf scale runs/hh_rlhf rollout=4 reward=2", run_commands.scale),
+    "stop": Entry("run", StopFlags, None, "r3hf stop runs/hh_rlhf", run_commands.stop),
     "plan": Entry(
         "look",
         PlanFlags,

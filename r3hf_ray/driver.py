@@ -27,6 +27,7 @@ from r3hf_ray.config import PPOConfig
 from r3hf_ray.counts_and_warnings import arithmetic
 from r3hf_ray.errors import CoordinatorLost, RunFailed, sentence_of
 from r3hf_ray.models.finished import require_finished
+from r3hf_ray.operations.lookout import Lookout
 from r3hf_ray.preflight import Plan, bundles, check, check_resources, shortage
 from r3hf_ray.records.jsonl import JsonlLog
 from r3hf_ray.records.lease import Held, hold, new_lease
@@ -147,6 +148,7 @@ class _Follower:
         self._namespace = f"{config.run.name}-{os.urandom(4).hex()}"
         self._rows_seen = self._events_seen = 0
         self._latest: dict[str, float] = {}
+        self._lookout = Lookout(folder, self._namespace)
         self._tables = set(sample_steps(folder))
         self.learner_runs = False
         """Whether ranks were still running when all was stopped: another group must not begin beside them."""
@@ -164,7 +166,8 @@ class _Follower:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is not None:
-            self._events.write({"event": "failure", "reason": str(error) or kind.__name__})
+            what = "stopped" if issubclass(kind, KeyboardInterrupt) else "failure"
+            self._events.write({"event": what, "reason": str(error) or kind.__name__})
         self._wandb.finish(failed=kind is not None)
         self._metrics.close()
         self._events.close()
@@ -245,7 +248,7 @@ class _Follower:
 
     def _take(self, snapshot: Snapshot) -> None:
         """Write and show what is new; raise if the run has failed."""
-        for event in snapshot.events:
+        for event in self._lookout.told(snapshot.events):
             self._events.write(event)
             if event["event"] in SHOWN:
                 self._progress.note("  ".join(f"{key}: {value}" for key, value in event.items() if key != "time"))
@@ -260,6 +263,11 @@ class _Follower:
         self._events_seen += len(snapshot.events)
         self._show(snapshot)
         self._log_samples()
+        places, said = self._lookout.look(int(self._latest.get(STEP, 0)), snapshot.doing)
+        for place in places:
+            self._events.write(place)
+        if said:
+            self._progress.note(said)
         if snapshot.failed:
             raise RunFailed(snapshot.failed)
 

@@ -1,6 +1,7 @@
 """What each command takes on its line, besides a job's own fields (floor 0)."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg, CliUnknownArgs, SettingsConfigDict
@@ -130,11 +131,77 @@ class CreditFlags(Flags):
     """Folder of the page and its numbers."""
 
 
-class VerifyFlags(Flags):
+class RunFlags(Flags):
+    """Commands about one run."""
+
+    run: CliPositionalArg[str]
+    """A run's folder, its name below runs/, or the name of a submitted job."""
+    address: str | None = None
+    """Job server of a submitted run, as http://HOST:8265; left out: RAY_API_SERVER_ADDRESS."""
+
+
+class VerifyFlags(RunFlags):
     """Prove from a run's own record that nothing was lost, trained on twice or sampled from wrong weights."""
 
-    folder: CliPositionalArg[Path]
-    """A run's folder, finished or interrupted."""
+
+class SubmitFlags(Flags, cli_ignore_unknown_args=True):
+    """Run a job on a cluster, with this folder sent along as far as .rayignore and .gitignore leave it."""
+
+    job: CliPositionalArg[Path]
+    """The TOML file, in this folder."""
+    address: str | None = None
+    """Job server, as http://HOST:8265; left out: RAY_API_SERVER_ADDRESS, or this machine's."""
+    kind: Literal["sft", "reward", "ppo", "compare"] | None = None
+    """Command that runs the job; left out: told by its sections."""
+    resume: bool = False
+    """Go on where the run of this name stopped, and start it where there is none."""
+    follow: bool = False
+    """Show its progress and end with its exit code; Ctrl-C leaves it running."""
+    dry_run: bool = False
+    """Check everything here, say what would be sent, and send nothing."""
+    env_file: Path | None = None
+    """Keys for the run: a file of NAME=VALUE lines on the nodes; left out: their environment."""
+    overrides: CliUnknownArgs
+
+
+class JobsFlags(Flags):
+    """The runs that were submitted to a cluster, and how they stand."""
+
+    address: str | None = None
+    """Job server, as http://HOST:8265; left out: RAY_API_SERVER_ADDRESS, or this machine's."""
+
+
+class StatusFlags(Flags):
+    """How a run stands and what it waits for; without one, all runs below runs/."""
+
+    run: CliPositionalArg[str] = ""
+    """A run's folder, its name below runs/, or the name of a submitted job."""
+    address: str | None = None
+    """Job server of a submitted run, as http://HOST:8265; left out: RAY_API_SERVER_ADDRESS."""
+    watch: bool = False
+    """Again every five seconds, until the run ends or Ctrl-C."""
+    stack: str | None = None
+    """What every thread of a member does now (py-spy), as rollout-3; kept in the run's folder too."""
+
+
+class LogsFlags(RunFlags):
+    """What a member of a run wrote, from anywhere in its cluster."""
+
+    member: CliPositionalArg[str]
+    """rollout-3, reward-0, rank-0, coordinator, weight_store; driver: of a submitted run."""
+    follow: bool = False
+    """Go on with what it writes, until Ctrl-C."""
+
+
+class ScaleFlags(RunFlags):
+    """More or fewer samplers and scorers for a run that goes on meanwhile."""
+
+    actors: CliPositionalArg[list[str]]
+    """rollout=4, reward=2, or both."""
+
+
+class StopFlags(RunFlags):
+    """End a run after the step under way, which is saved first; r3hf ppo --resume goes on from it."""
 
 
 class FetchSmolLM2Flags(Flags):

@@ -79,6 +79,18 @@ def load(schema: type[C], path: Path, overrides: list[str]) -> C:
     return _settings(schema, schema.command, overrides, path, table)
 
 
+def command_of(path: Path) -> str:
+    """The command that a job file is for, told by the sections that jobs of one command alone have.
+
+    Raises:
+        ConfigError: it has no such section, or the file cannot be read.
+    """
+    found = {JOBS_OF[section] for section in _read_toml(path) if section in JOBS_OF}
+    if len(found) != 1:
+        raise ConfigError(f"{path}: is it for {' or '.join(sorted(found or set(JOBS_OF.values())))}? say --kind NAME")
+    return found.pop()
+
+
 def read_flags(schema: type[C], command: str, arguments: list[str]) -> C:
     """Read the command line of a command.
 

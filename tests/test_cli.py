@@ -272,7 +272,7 @@ def shown(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_help_names_the_commands_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
     said = shown(["--help"], capsys)
-    assert [line for line in said.splitlines() if line.endswith(":")] == ["train:", "look:", "tools:"]
+    assert [line for line in said.splitlines() if line.endswith(":")] == ["train:", "run:", "look:", "tools:"]
     assert not [command for command in COMMANDS if f"  r3hf {command}" not in said]
 
 

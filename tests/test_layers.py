@@ -19,17 +19,17 @@ LAYERS = {
     "weights/object_ref": 3, "weights/nccl": 3, "weights/engine": 3, "weights/media": 3,
     "scoring/vllm_reader": 3, "actors": 3,
     "counts_and_warnings": 4, "driver": 4, "session": 4, "prepare": 4, "preflight": 4,
-    "records": 4, "planning": 4,
+    "records": 4, "operations": 4, "planning": 4,
     "instruments": 5,
-    "cli": 6, "help_pages": 6, "__main__": 6,
+    "cli": 6, "run_commands": 6, "help_pages": 6, "__main__": 6,
 }  # fmt: skip
 """Floor of each room, and of a file that stands on another floor than its room."""
 ORDER = [
-    "session", "records", "counts_and_warnings", "planning", "preflight", "prepare", "driver",
+    "session", "records", "operations", "counts_and_warnings", "planning", "preflight", "prepare", "driver",
     "instruments/pages", "instruments/report", "instruments/verify", "instruments/toy", "instruments/scored_answers",
     "instruments/audit", "instruments/credit",
     "instruments/compare", "instruments/quickstart",
-    "help_pages", "cli", "__main__",
+    "help_pages", "run_commands", "cli", "__main__",
 ]  # fmt: skip
 """Rooms of floors 4 to 6, each of which may import those before it and not those behind it."""
 THIRD_PARTY = [

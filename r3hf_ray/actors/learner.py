@@ -7,6 +7,7 @@ up again after every restart; a restarted group begins at the last committed che
 """
 
 import json
+import os
 import platform
 import tempfile
 import time
@@ -152,8 +153,11 @@ class _Rank:
                 store=store,
             )
         )
+        place = {"actor": f"rank {self._rank}", "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
+        coordinator.event.remote("placed", **place)
         self._require_shared_folder()
         self._warned: set[str] = set()
+        self._saved = 0
         on_gpu = self._config.learner.gpus_per_rank > 0
         torch.set_num_threads(self._config.learner.threads)
         self._learner = PPOLearner(
@@ -175,7 +179,8 @@ class _Rank:
             for name, (mean, std) in moments.items():
                 self._learner.set_scale(RewardScale(mean=mean, scale=std if std > 0 else 1.0), name)
         while self._learner.step < self._config.ppo.steps:
-            self._step()
+            if not self._step():
+                return  # somebody ends the run: what was done is saved
         self._learner.save_pretrained(self._settings.run_folder / "model")
 
     def _require_shared_folder(self) -> None:
@@ -195,10 +200,14 @@ class _Rank:
         if checkpoint:
             with checkpoint.as_directory() as folder:
                 self._learner.load(Path(folder))
+            self._saved = self._learner.step
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
         start = time.perf_counter()
-        share: RankShare = ray.get(self._coordinator.next_share.remote(self._learner.step, self._rank))
+        share: RankShare | None = ray.get(self._coordinator.next_share.remote(self._learner.step, self._rank))
+        if share is None:
+            self._save()
+            return False
         scored: list[ScoredTrajectory] = ray.get(share.refs)
         waited = time.perf_counter() - start
         metrics = self._learner.update(scored, minibatch_of=share.minibatch_of)
@@ -214,7 +223,10 @@ class _Rank:
             self._coordinator.report.remote(self._learner.step, {**metrics, **share.metrics, **own})
             self._warn(metrics)
             self._dump_samples(share)
-        self._checkpoint()
+        step, every = self._learner.step, self._config.learner.checkpoint_every
+        if step == self._config.ppo.steps or (every and step % every == 0):
+            self._save()
+        return True
 
     def _publish(self) -> float:
         """All ranks gather, rank 0 publishes. Returns seconds."""
@@ -241,9 +253,9 @@ class _Rank:
             rows = [row | {"gold": share.golds[(row["prompt_id"], row["sample"])]} for row in rows]
             self._settings.write_samples(self._settings.run_folder, step, rows)
 
-    def _checkpoint(self) -> None:
-        step, every = self._learner.step, self._config.learner.checkpoint_every
-        if step != self._config.ppo.steps and not (every and step % every == 0):
+    def _save(self) -> None:
+        step = self._learner.step
+        if step == self._saved:
             return
         with tempfile.TemporaryDirectory() as folder:
             self._learner.save(Path(folder))
@@ -253,5 +265,6 @@ class _Rank:
             ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder))
         # Without this barrier a checkpoint that was reported is not yet one that a restart finds.
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+        self._saved = step
         if self._rank == 0:
             self._coordinator.event.remote("checkpoint", step=step)

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import secrets
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +27,11 @@ from typing import Any
 
 import psutil
 
-from r3hf_ray.errors import ConfigError, RunFailed, sentence_of
+from r3hf_ray.errors import ConfigError, RunFailed, Terminated, sentence_of
 
 LIVE = "live.json"
+END = "end.json"
+"""Left beside it by whoever wants the run to end: the token of the driver that is meant."""
 BEAT_SECONDS, STALE_SECONDS = 5.0, 60.0
 """How often a driver writes, and after how long without it is counted as gone. [s]"""
 
@@ -117,6 +120,11 @@ def read_lease(folder: Path) -> Lease | None:
         raise ConfigError(f"{path}: cannot be read: {error}; remove it if no driver runs") from None
 
 
+def ask_to_end(folder: Path, lease: Lease) -> None:
+    """Ask the driver that a lease names to end; it does so as on SIGTERM, within a heartbeat."""
+    (folder / END).write_text(json.dumps({"token": lease.token}) + "\n")
+
+
 class Held:
     """A lease while it is held; a thread writes its heartbeat."""
 
@@ -147,11 +155,22 @@ class Held:
         """Say how it ended."""
         self._end.set()
         self._thread.join()
+        (self._folder / END).unlink(missing_ok=True)
         self.update(state=state, reason=reason)
 
     def _beat(self) -> None:
+        asked = False
         while not self._end.wait(BEAT_SECONDS):
             self.update()
+            if not asked and self._asked():
+                asked = True
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def _asked(self) -> bool:
+        try:
+            return bool(json.loads((self._folder / END).read_text())["token"] == self._lease.token)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def _write(self) -> None:
         with suppress(OSError, ConfigError):  # a disk that is full now may have room at the next beat
@@ -191,7 +210,9 @@ def hold(folder: Path, lease: Lease, *, ended: Callable[[Lease], bool] = lambda 
     try:
         yield held
     except BaseException as error:
-        held.end("stopped" if isinstance(error, KeyboardInterrupt) else "failed", sentence_of(error))
+        stopped = isinstance(error, KeyboardInterrupt)
+        how = "SIGTERM" if isinstance(error, Terminated) else "Ctrl-C"
+        held.end("stopped" if stopped else "failed", str(error) or (how if stopped else sentence_of(error)))
         raise
     held.end("finished", "")
 

@@ -18,7 +18,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 }
 """Packages a result depends on, each with the distributions that may provide it."""
 
-_SECRET_NAME = re.compile(r"(api_?key|secret|passw|credential|auth|token$)", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"(api_?key|secret|passw|credential|auth(?!or)|token$)", re.IGNORECASE)
 
 
 def versions() -> dict[str, str]:
@@ -41,13 +41,18 @@ def git_commit(folder: Path) -> str | None:
     return _git(folder, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") if tracked else None
 
 
+def names_a_secret(name: str) -> bool:
+    """Whether a field or variable is named like a key: `hf_token`, `WANDB_API_KEY`, ..."""
+    return bool(_SECRET_NAME.search(name))
+
+
 def redacted(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The same settings with every text that is named like a secret (`hf_token`, `api_key`, ...) replaced by stars."""
     return {
         key: redacted(value)
         if isinstance(value, Mapping)
         else "***"
-        if isinstance(value, str) and _SECRET_NAME.search(key)
+        if isinstance(value, str) and names_a_secret(key)
         else value
         for key, value in settings.items()
     }

@@ -19,6 +19,7 @@ PPO_MAY_CHANGE = frozenset(
         "run.wait_for_nodes",
         "run.patience",
         "run.max_restarts",
+        "run.save_within",
         "ppo.steps",
         "tracking",
         "evaluation",

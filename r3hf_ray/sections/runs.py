@@ -27,6 +27,9 @@ class RunSection(Section):
     max_restarts: NonNegative = 3
     """How often the driver builds everything anew from the last checkpoint, after the coordinator or the weight store
     was lost. [restarts]"""
+    save_within: NonNegativeFloat = 120.0
+    """After SIGTERM (`r3hf stop`, `ray job stop`, Slurm, Kubernetes): how long the step under way may take to end and
+    be saved, before the run ends without it; 0: at once. [s]"""
 
     @field_validator("folder", mode="before")
     @classmethod

@@ -54,9 +54,13 @@ def test_it_says_who_drives_and_how_it_ended(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("error", "state", "reason"),
-    [(RunFailed("no room"), "failed", "no room"), (KeyboardInterrupt(), "stopped", "KeyboardInterrupt"),
-     (Terminated("after step 3"), "stopped", "after step 3")],
-)  # fmt: skip
+    [
+        (RunFailed("no room"), "failed", "no room"),
+        (KeyboardInterrupt(), "stopped", "Ctrl-C"),
+        (Terminated(), "stopped", "SIGTERM"),
+        (Terminated("after step 3"), "stopped", "after step 3"),
+    ],
+)
 def test_an_end_has_its_reason(tmp_path: Path, error: BaseException, state: str, reason: str) -> None:
     with pytest.raises(type(error)), hold(tmp_path, new_lease()):
         raise error

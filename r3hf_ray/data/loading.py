@@ -5,7 +5,7 @@ teaches nothing, is counted, listed by number under its reason, and left out. No
 cut to fit. Of the prompts that are held out none is trained on, unless `data.split_by` says so.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Generic, TypeVar
@@ -143,9 +143,7 @@ def load_examples(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_
         prompt, (answer,) = _sequences(record, [record.best], data, chat, max_tokens)
         return Example(prompt_ids=prompt, answer_ids=answer)
 
-    loaded = _load(data, example)
-    _require_end(chat, [e.answer_ids for e in loaded.train], data)
-    return loaded
+    return _with_ends(_load(data, example), chat, data, lambda one: [one.answer_ids])
 
 
 def load_pairs(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> Loaded[Pair]:
@@ -167,9 +165,7 @@ def load_pairs(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_tok
             raise Unusable(_EQUAL)
         return Pair(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected)
 
-    loaded = _load(data, pair)
-    _require_end(chat, [p.chosen_ids for p in loaded.train], data)
-    return loaded
+    return _with_ends(_load(data, pair), chat, data, lambda one: [one.chosen_ids])
 
 
 def load_groups(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> Loaded[RankedGroup]:
@@ -190,9 +186,7 @@ def load_groups(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_to
             raise Unusable(_EQUAL)
         return RankedGroup(prompt_tokens=len(prompt), sequences=[prompt + answer for answer in answers], pairs=pairs)
 
-    loaded = _load(data, group)
-    _require_end(chat, [list(s) for g in loaded.train for s in g.sequences], data)
-    return loaded
+    return _with_ends(_load(data, group), chat, data, lambda one: one.sequences)
 
 
 def is_ranked(data: DataSection) -> bool:
@@ -302,11 +296,15 @@ def _sequences(
     return prompt.token_ids, answers
 
 
-def _require_end(chat: Chat, rows: list[list[int]], data: DataSection) -> None:
+def _with_ends(
+    loaded: Loaded[T], chat: Chat, data: DataSection, texts: Callable[[T], Sequence[Sequence[int]]]
+) -> Loaded[T]:
     """Where the template ends no answer, the data must: a model that never saw EOS would never stop."""
     eos = chat.tokenizer.eos_token
-    if not chat.form.end and not any(chat.tokenizer.eos_token_id in ids for ids in rows):
+    ended = any(chat.tokenizer.eos_token_id in ids for one in loaded.train for ids in texts(one))
+    if not chat.form.end and not ended:
         raise DataError(
             f"{data.source}: no answer ends with {eos!r} and the chat template of {chat.tokenizer.name_or_path} adds "
             "no end either; correct the template"
         )
+    return loaded

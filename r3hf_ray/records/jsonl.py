@@ -4,7 +4,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,9 +34,9 @@ class JsonlLog:
 
         A number that is not finite becomes null: NaN is not JSON.
         """
-        plain = {key: _plain(value) for key, value in ({TIME: time.time()} | dict(row)).items()}
-        self._file.write((json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n").encode())
-        return plain
+        seen: dict[str, Any] = plain({TIME: time.time()} | dict(row))
+        self._file.write((json.dumps(seen, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        return seen
 
     def close(self) -> None:
         """Close the file; further writes raise ValueError."""
@@ -71,15 +72,23 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any, number: Callable[[float], float] = float) -> Any:
+    """What JSON can say of a value: a dataclass as an object, null for a number that is not finite, else its text.
+
+    Args:
+        value: of any kind.
+        number: applied to each float, such as a rounding.
+    """
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return number(value) if math.isfinite(value) else None
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item, number) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item, number) for item in value]
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 

@@ -9,18 +9,16 @@ from r3hf_ray.instruments.credit.toy_credit import ENOUGH_RESPONSES, LAMBDAS, Re
 from r3hf_ray.instruments.pages.coloured_answers import (
     TRUE_UNDERLINES,
     ColouredAnswer,
-    ColourRow,
     ending_of,
-    in_order,
     known_credit_row,
     mark_of,
+    method_rows,
     scale_of,
     spread_out,
 )
 from r3hf_ray.instruments.pages.parts import Check, Page, Series, Table, TableRow, Tile, estimates, table_of
 from r3hf_ray.instruments.pages.texts import page_text, section
 from r3hf_ray.instruments.scored_answers import Credit, Scored, ScoreUnit, scored_text
-from r3hf_ray.methods import facts_of
 
 TEXT = page_text(Path(__file__).with_suffix(".toml"))
 SHOWN = 6
@@ -99,7 +97,7 @@ def coloured_responses(
         gold, answer = responses[i].gold, scored[i]
         marks = [mark_of(credit) for credit in gold.tolist()]
         text = scored_text(answer, tokenizer, unit, marks=marks)
-        methods = [ColourRow(method, facts_of(method).note, paid[method][i], scale=scale) for method in in_order(paid)]
+        methods = method_rows({method: credit[i] for method, credit in paid.items()}, scale=scale)
         facts = [
             ("gold", f"{golds[i]:+.2f}"),
             ("score", f"{unit.of(answer.score):+.2f}"),

@@ -1,13 +1,13 @@
 """An answer in rows of the same tokens, one row a method; `templates/coloured_answers.js` draws them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
-from r3hf_ray.methods import METHODS
+from r3hf_ray.methods import METHODS, facts_of
 
 HEAD, TAIL = 200, 60
 """Tokens shown of a longer answer: its end too, since most methods pay most there. [tokens]"""
@@ -100,6 +100,11 @@ def known_credit_row(credit: Sequence[float] | np.ndarray) -> ColourRow:
     """The row of credit that is known, with a scale of its own."""
     scale = float(np.abs(credit).max()) or 1.0
     return ColourRow("known credit", "what each word is truly worth, on a scale of its own", credit, scale=scale)
+
+
+def method_rows(paid: Mapping[str, np.ndarray], *, scale: float) -> list[ColourRow]:
+    """A row for each method of the table, in its order."""
+    return [ColourRow(name, facts_of(name).note, paid[name], scale) for name in in_order(paid)]
 
 
 def mark_of(credit: float) -> int:

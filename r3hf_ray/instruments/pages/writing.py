@@ -7,9 +7,7 @@ Everything that comes from models, data or events is untrusted text. The templat
 import base64
 import hashlib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from r3hf_ray.instruments.pages.coloured_answers import drawn
 from r3hf_ray.instruments.pages.parts import Page, Table
+from r3hf_ray.records.jsonl import plain
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("page.js", "charts.js", "coloured_answers.js", "responses.js", "start.js")
@@ -83,16 +82,8 @@ def _markdown_cell(text: str) -> str:
 
 
 def as_json(value: Any) -> Any:
-    """Dataclasses as objects, numbers to five digits, what is not finite as null: JSON that any parser reads."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): as_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    return value
+    """JSON that any parser reads, numbers to five digits."""
+    return plain(value, lambda number: float(f"{number:.5g}"))
 
 
 def sparkline(values: list[float]) -> str:

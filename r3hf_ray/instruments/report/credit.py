@@ -21,9 +21,9 @@ from r3hf_ray.instruments.pages.coloured_answers import (
     ColouredAnswer,
     ColourRow,
     ending_of,
-    in_order,
     known_credit_row,
     mark_of,
+    method_rows,
     scale_of,
 )
 from r3hf_ray.methods import METHODS, facts_of
@@ -138,17 +138,14 @@ def _coloured(tokens: Tokens, payment: Payment, *, label: str) -> ColouredAnswer
         ("tokens", str(len(tokens))),
         ending_of(first["finish"] == "eos"),
     ]
-    others = [
-        ColourRow(name, facts_of(name).note, methods[name], scale=scale)
-        for name in in_order(methods)
-        if payment.several or name != payment.mode
-    ]
+    others = {name: paid for name, paid in methods.items() if payment.several or name != payment.mode}
     parts = [
         ColourRow(name, "a model's part of that sum", [token[name] for token in tokens], scale=scale)
         for name in first
         if name.startswith(PART)
     ]
-    rows = [*([known_credit_row(known)] if knows else []), _own_row(own, payment, scale), *parts, *others]
+    rows = [*([known_credit_row(known)] if knows else []), _own_row(own, payment, scale), *parts]
+    rows += method_rows(others, scale=scale)
     return ColouredAnswer(label=label, facts=facts, prompt=first["prompt"], texts=[text], rows=rows)
 
 

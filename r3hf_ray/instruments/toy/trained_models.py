@@ -111,14 +111,8 @@ class ToyModels:
         toy, tokens = self.toy, str(self.toy.max_response_tokens + PROMPT_TOKENS)
         own = stage("sft", toy.seed, self.world / "base", self.world / "sft.jsonl")
         sft = load(SFTConfig, toy.sft_job, [*own, "--sft.max_tokens", tokens])
-        size = [
-            "--data.heldout",
-            str(toy.heldout_pairs),
-            "--data.split_by",
-            "row",
-            "--reward_training.max_tokens",
-            tokens,
-        ]
+        size = ["--data.heldout", str(toy.heldout_pairs), "--data.split_by", "row"]
+        size += ["--reward_training.max_tokens", tokens]
         rewards = []
         for model in (FurtherRewardModel(name="reward", seed=toy.seed), *toy.reward_models):
             own = stage(model.name, model.seed, self.policy, self.ranked)

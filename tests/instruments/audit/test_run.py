@@ -89,23 +89,3 @@ def test_audit_of_pairs_and_of_rankings(
         assert len(page.data["charts"]) == 5 and len(page.data["answers"]) == 8
         assert [len(card["texts"]) for card in page.data["answers"]] == [2] * 8
     assert results[0] == results[1]  # a ranking gives its first preference
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["audit", "--pairs", "nowhere.jsonl"], "no file nowhere.jsonl"),
-    ],
-)
-def test_what_cannot_be_used_is_one_sentence(
-    arguments: list[str],
-    sentence: str,
-    byte_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main([*arguments, "--reward-model", str(byte_model), "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert sentence in error and "Traceback" not in error and not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """Settings that move over a run, and the rewards that follow."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,22 +13,11 @@ from r3hf_ray.instruments.compare.settings import CompareConfig
 from r3hf_ray.settings import load
 from r3hf_ray.types import MAIN, Finish, ModelScores, ScoredTrajectory, Trajectory
 
-JOB = """
-[run]
-name = "run"
-[model]
-policy = "some/policy"
-reward_model = "some/reward"
-[data]
-source = "prompts.jsonl"
-[ppo]
-steps = 5
-"""
+MakeJob = Callable[..., PPOConfig]
 
 
-def test_a_field_moves_evenly_from_first_to_last(tmp_path: Path) -> None:
-    (tmp_path / "job.toml").write_text(JOB)
-    config = load(PPOConfig, tmp_path / "job.toml", [])
+def test_a_field_moves_evenly_from_first_to_last(small_job: MakeJob) -> None:
+    config = small_job("--ppo.steps", "5")
     schedules = (parse_schedule("reward.beta_c=1:0"), parse_schedule("ppo.gae_lambda=0.9:1"))
     seen = [at_step(config, schedules, step) for step in range(5)]
     assert [c.reward.beta_c for c in seen] == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
@@ -78,12 +68,11 @@ schedules = ["reward.beta_c=1:0"]
     ],
 )
 def test_a_schedule_that_would_make_another_method_is_refused(
-    tmp_path: Path, overrides: list[str], schedule: str
+    small_job: MakeJob, overrides: list[str], schedule: str
 ) -> None:
-    (tmp_path / "job.toml").write_text(JOB)
-    check_schedules(load(PPOConfig, tmp_path / "job.toml", []), (parse_schedule(schedule),))
+    check_schedules(small_job(), (parse_schedule(schedule),))
     with pytest.raises(ConfigError, match=schedule.partition("=")[0]):
-        check_schedules(load(PPOConfig, tmp_path / "job.toml", overrides), (parse_schedule(schedule),))
+        check_schedules(small_job(*overrides), (parse_schedule(schedule),))
 
 
 def test_rewards_mix_with_the_terminal_one() -> None:

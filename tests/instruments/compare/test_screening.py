@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,17 +12,8 @@ from r3hf_ray.errors import RunFailed
 from r3hf_ray.instruments.compare import screening
 from r3hf_ray.instruments.compare.arm_runs import PlannedRun
 from r3hf_ray.instruments.compare.screening import screened
-from r3hf_ray.settings import load
 
-JOB = """
-[run]
-name = "run"
-[model]
-policy = "some/policy"
-reward_model = "some/reward"
-[data]
-source = "prompts.jsonl"
-"""
+MakeJob = Callable[..., PPOConfig]
 
 
 class Pool:
@@ -46,9 +36,8 @@ class Pool:
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> list[PlannedRun]:
-    (tmp_path / "job.toml").write_text(JOB)
-    config = load(PPOConfig, tmp_path / "job.toml", [])
+def runs(small_job: MakeJob) -> list[PlannedRun]:
+    config = small_job()
     return [PlannedRun(arm=name, seed=0, config=config) for name in ("a", "b")]
 
 

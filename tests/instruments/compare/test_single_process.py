@@ -1,6 +1,6 @@
 """A step's batch in one process, whatever number of ranks the system would have."""
 
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,18 +8,9 @@ import pytest
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import minibatch_of
 from r3hf_ray.instruments.compare.single_process import share_of
-from r3hf_ray.settings import load
 from r3hf_ray.types import Finish, ModelScores, ScoredTrajectory, Trajectory
 
-JOB = """
-[run]
-name = "run"
-[model]
-policy = "some/policy"
-reward_model = "some/reward"
-[data]
-source = "prompts.jsonl"
-"""
+MakeJob = Callable[..., PPOConfig]
 
 
 def scored(prompt_id: int, length: int) -> ScoredTrajectory:
@@ -39,9 +30,8 @@ def scored(prompt_id: int, length: int) -> ScoredTrajectory:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_only_learner_takes_the_whole_batch(ranks: int, tmp_path: Path) -> None:
-    (tmp_path / "job.toml").write_text(JOB)
-    config = load(PPOConfig, tmp_path / "job.toml", ["--learner.ranks", str(ranks), "--ppo.minibatches", "2"])
+def test_the_only_learner_takes_the_whole_batch(ranks: int, small_job: MakeJob) -> None:
+    config = small_job("--learner.ranks", str(ranks), "--ppo.minibatches", "2")
     lengths = [9, 4, 7, 12]
     batch = [scored(prompt_id, length) for prompt_id, length in enumerate(lengths)]
     share = share_of(batch, [item.trajectory.info for item in batch], config, step=3)

@@ -135,28 +135,6 @@ def test_few_marked_answers_are_too_few_to_say(
     assert "too few answers to say" in read_page(tmp_path / "out/credit.html").texts
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["credit", "--benchmark", "nowhere.jsonl"], "no file nowhere.jsonl"),
-        (["credit", "--benchmark", "qa_feedback"], "curl -O https://raw.githubusercontent.com/allenai/FineGrainedRLHF"),
-        (["credit", "--benchmark", "toy"], "does not speak the toy language"),
-    ],
-)
-def test_what_cannot_be_used_is_one_sentence(
-    arguments: list[str],
-    sentence: str,
-    byte_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main([*arguments, "--reward-model", str(byte_model), "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert sentence in error and "Traceback" not in error and not (tmp_path / "out").exists()
-
-
 @pytest.mark.skipif(not (SHARED / "qa_feedback.jsonl.gz").is_file(), reason="needs ../shared/data/qa_feedback.jsonl.gz")
 def test_real_marks_are_read_exactly(byte_judge: Judge) -> None:
     """Only reads: every span of the real data lies in its text, and tokens cover what was marked."""

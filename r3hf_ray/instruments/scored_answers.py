@@ -67,7 +67,7 @@ class Scored:
     finished: bool
     """Ended with an end token, so that the pooling suffix was read."""
     attention: Float64[np.ndarray, "T"] | None = None
-    """What the last token pays to each token, where the judge reads attention; see `prefix_scores_and_attention`."""
+    """What the last token pays to each token, where the judge reads attention; see `prefix_scores`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,8 @@ def prefix_scores(
     *,
     suffix_ids: list[int],
     finished: Bool[Tensor, "B"],
-) -> PrefixScores:
+    maps: bool = False,
+) -> tuple[PrefixScores, Float[Tensor, "B T"] | None]:
     """``R(x, y_<=t)`` for all t, ``R(x, empty)`` and ``R(x, y)`` (arXiv 2411.08302, section 4; causal models only).
 
     The score of a prefix is the head at its last token, or the sum of the head over its tokens (`scores_so_far`).
@@ -36,37 +37,25 @@ def prefix_scores(
         response_mask: True on sampled tokens.
         suffix_ids: template tokens that followed EOS when the reward model was trained (often one, a newline).
         finished: rows that ended with EOS; only they get the suffix.
-    """
-    ids, mask = _with_suffix(token_ids, attention_mask, suffix_ids, finished)
-    ends = attention_mask.sum(1) + len(suffix_ids) * finished
-    return _scores(model, hidden_states(model, ids, mask), attention_mask, response_mask, ends)
+        maps: whether attention is wanted too; the same forward then keeps the maps of all layers until it returns.
 
-
-@torch.no_grad()
-def prefix_scores_and_attention(
-    model: PreTrainedModel,
-    token_ids: Int64[Tensor, "B T"],
-    attention_mask: Bool[Tensor, "B T"],
-    response_mask: Bool[Tensor, "B T"],
-    *,
-    suffix_ids: list[int],
-    finished: Bool[Tensor, "B"],
-) -> tuple[PrefixScores, Float[Tensor, "B T"]]:
-    """`prefix_scores`, and what the last response token attends to: last layer, mean over heads, 0 off the response.
-
-    The same one forward; it keeps the attention maps of all layers until it returns. Arguments as above.
+    Returns:
+        The scores; and what the last response token attends to (last layer, mean over heads, 0 off the response), or
+        None.
 
     Raises:
-        ModelError: the model was not loaded with eager attention, the only one that returns its maps.
+        ModelError: maps of a model that was not loaded with eager attention, the only one that returns them.
     """
     ids, mask = _with_suffix(token_ids, attention_mask, suffix_ids, finished)
     lengths = attention_mask.sum(1)
+    ends = lengths + len(suffix_ids) * finished
+    if not maps:
+        return _scores(model, hidden_states(model, ids, mask), attention_mask, response_mask, ends), None
     output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, output_attentions=True)
     if not output.attentions or output.attentions[-1] is None:
         raise ModelError(f"{model.name_or_path}: it returns no attention maps; reward.mode = abc cannot use it")
-    maps = output.attentions[-1].float().mean(1)
-    row = maps[torch.arange(len(lengths), device=maps.device), lengths - 1]
-    ends = lengths + len(suffix_ids) * finished
+    attention = output.attentions[-1].float().mean(1)
+    row = attention[torch.arange(len(lengths), device=attention.device), lengths - 1]
     scores = _scores(model, output.last_hidden_state, attention_mask, response_mask, ends)
     return scores, row[:, : token_ids.shape[1]].masked_fill(~response_mask, 0.0)
 

@@ -19,7 +19,7 @@ from r3hf_ray.algorithms.batching import pad_sequences
 from r3hf_ray.algorithms.redistribution import PrefixScores
 from r3hf_ray.models.attention import Attention
 from r3hf_ray.models.load import load_reward_model, require_causal
-from r3hf_ray.scoring.prefix_scores import prefix_scores, prefix_scores_and_attention
+from r3hf_ray.scoring.prefix_scores import prefix_scores
 from r3hf_ray.scoring.translation import Translator
 
 
@@ -120,13 +120,13 @@ class SameIds:
 
     def read(self, batch: Sampled) -> Reading:
         """Its scores of every prefix, and its attention where that is asked for."""
-        suffix_ids, attention = list(self.settings.suffix_ids), None
-        if self.settings.maps:
-            scores, attention = prefix_scores_and_attention(
-                self.model, *batch.arrays, suffix_ids=suffix_ids, finished=batch.finished
-            )
-        else:
-            scores = prefix_scores(self.model, *batch.arrays, suffix_ids=suffix_ids, finished=batch.finished)
+        scores, attention = prefix_scores(
+            self.model,
+            *batch.arrays,
+            suffix_ids=list(self.settings.suffix_ids),
+            finished=batch.finished,
+            maps=self.settings.maps,
+        )
         return Reading(scores=scores, attention=attention, alignment_loss=torch.zeros_like(scores.pooled))
 
 

@@ -32,7 +32,7 @@ RESPONSE = torch.arange(8)[None] >= 3
 
 
 def pooled(model: Any) -> float:
-    scores = prefix_scores(model, IDS, MASK, RESPONSE, suffix_ids=[], finished=torch.tensor([True]))
+    scores, _ = prefix_scores(model, IDS, MASK, RESPONSE, suffix_ids=[], finished=torch.tensor([True]))
     return scores.pooled.item()
 
 

@@ -21,7 +21,7 @@ def test_a_kept_head_gives_the_normalised_score_of_the_prefix_before_each_token(
     response = rows[2]
     critic = critic_from_reward_model(reward_folder, torch.float32, keep_head=True, mean=0.3, scale=2.0)
     values = state_values(critic, *rows)
-    scores = prefix_scores(
+    scores, _ = prefix_scores(
         load_reward_model(reward_folder, torch.float32), *rows, suffix_ids=[], finished=torch.tensor([True, False])
     )
     for b, t in response.nonzero().tolist():

@@ -5,7 +5,7 @@ from transformers import AutoModelForSequenceClassification
 from r3hf_ray.algorithms.redistribution import r3hf
 from r3hf_ray.errors import ModelError
 from r3hf_ray.models.load import load_reward_model, score_head
-from r3hf_ray.scoring.prefix_scores import prefix_scores, prefix_scores_and_attention
+from r3hf_ray.scoring.prefix_scores import prefix_scores
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def rows(pad=0, width=9):
 def test_one_forward_equals_a_call_for_every_prefix(model, plain, suffix):
     ids, attention, response = rows()
     finished = torch.tensor([True, False])
-    scores = prefix_scores(model, ids, attention, response, suffix_ids=suffix, finished=finished)
+    scores, _ = prefix_scores(model, ids, attention, response, suffix_ids=suffix, finished=finished)
     for b in range(2):
         prompt, length = int((attention & ~response)[b].sum()), int(attention[b].sum())
         for t in range(prompt, length):
@@ -52,19 +52,19 @@ def test_one_forward_equals_a_call_for_every_prefix(model, plain, suffix):
 def test_pooled_is_what_transformers_gives_for_the_padded_batch(model, plain):
     ids, attention, response = rows()
     finished = torch.tensor([True, True])
-    scores = prefix_scores(model, ids, attention, response, suffix_ids=[], finished=finished)
+    scores, _ = prefix_scores(model, ids, attention, response, suffix_ids=[], finished=finished)
     torch.testing.assert_close(scores.pooled, plain(ids, attention_mask=attention).logits[:, 0], rtol=0, atol=2e-6)
 
 
 @torch.no_grad()
 def test_padding_changes_nothing_and_pad_may_be_a_real_token(model):
     finished = torch.tensor([True, False])
-    first = prefix_scores(model, *rows(), suffix_ids=[7], finished=finished)
+    first, _ = prefix_scores(model, *rows(), suffix_ids=[7], finished=finished)
     ids, attention, response = rows()
     last = int(ids[0, 6])  # pad with the very token that ends row 0, as where pad == eos
     for pad, width in ((0, 14), (last, 9), (last, 12)):
         ids, attention, response = rows(pad, width)
-        again = prefix_scores(model, ids, attention, response, suffix_ids=[7], finished=finished)
+        again, _ = prefix_scores(model, ids, attention, response, suffix_ids=[7], finished=finished)
         torch.testing.assert_close(again.prefix[:, :9], first.prefix, rtol=0, atol=2e-6)
         torch.testing.assert_close(again.pooled, first.pooled, rtol=0, atol=2e-6)
         torch.testing.assert_close(again.prompt, first.prompt, rtol=0, atol=2e-6)
@@ -74,7 +74,7 @@ def test_padding_changes_nothing_and_pad_may_be_a_real_token(model):
 def test_the_suffix_needs_no_room_in_the_batch(model):
     ids, attention, response = rows()
     ids, attention, response = ids[1:, :8], attention[1:, :8], response[1:, :8]  # no padding column left
-    out = prefix_scores(model, ids, attention, response, suffix_ids=[7, 8], finished=torch.tensor([True]))
+    out, _ = prefix_scores(model, ids, attention, response, suffix_ids=[7, 8], finished=torch.tensor([True]))
     assert out.prefix.shape == (1, 8)
     assert out.pooled[0] != out.prefix[0, -1]
 
@@ -83,7 +83,7 @@ def test_the_head_is_float32_above_a_bfloat16_trunk(reward_folder):
     model = load_reward_model(reward_folder, torch.bfloat16)
     assert score_head(model).weight.dtype == torch.float32
     assert next(model.base_model.parameters()).dtype == torch.bfloat16
-    out = prefix_scores(model, *rows(), suffix_ids=[7], finished=torch.tensor([True, True]))
+    out, _ = prefix_scores(model, *rows(), suffix_ids=[7], finished=torch.tensor([True, True]))
     assert out.prefix.dtype == out.pooled.dtype == torch.float32
 
 
@@ -94,8 +94,8 @@ def test_attention_of_the_last_response_token_comes_with_the_same_scores(reward_
     eager = load_reward_model(reward_folder, torch.float32, attention="eager")
     ids, attention, response = rows()
     options = {"suffix_ids": suffix, "finished": torch.tensor([True, False])}
-    scores, weights = prefix_scores_and_attention(eager, ids, attention, response, **options)
-    expected = prefix_scores(model, ids, attention, response, **options)
+    scores, weights = prefix_scores(eager, ids, attention, response, **options, maps=True)
+    expected, _ = prefix_scores(model, ids, attention, response, **options)
     for name in ("prefix", "prompt", "pooled"):
         torch.testing.assert_close(getattr(scores, name), getattr(expected, name), rtol=0, atol=2e-6)
     plain = AutoModelForSequenceClassification.from_pretrained(reward_folder, attn_implementation="eager").eval()
@@ -110,9 +110,7 @@ def test_attention_of_the_last_response_token_comes_with_the_same_scores(reward_
 def test_a_model_that_hides_its_attention_is_refused(model):
     ids, attention, response = rows()
     with pytest.raises(ModelError, match=r"reward\.mode = abc"):
-        prefix_scores_and_attention(
-            model, ids, attention, response, suffix_ids=[], finished=torch.tensor([True, False])
-        )
+        prefix_scores(model, ids, attention, response, suffix_ids=[], finished=torch.tensor([True, False]), maps=True)
 
 
 @torch.no_grad()
@@ -121,7 +119,7 @@ def test_a_running_sum_pays_each_token_what_the_head_says_there(sum_models, suff
     model = load_reward_model(sum_models("qwen2"), torch.float32)
     ids, attention, response = rows()
     finished = torch.tensor([True, False])
-    scores = prefix_scores(model, ids, attention, response, suffix_ids=suffix, finished=finished)
+    scores, _ = prefix_scores(model, ids, attention, response, suffix_ids=suffix, finished=finished)
     rewards = r3hf(scores, response, subtract_prompt_score=True)
     for b in range(2):
         length = int(attention[b].sum())

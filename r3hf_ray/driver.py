@@ -37,6 +37,7 @@ from r3hf_ray.records.progress import Progress
 from r3hf_ray.records.provenance import redacted, versions
 from r3hf_ray.records.run_folder import PPO_MAY_CHANGE, check_run, open_run
 from r3hf_ray.records.samples import read_samples, sample_steps, write_samples
+from r3hf_ray.records.tensorboard import TensorBoardLog
 from r3hf_ray.records.wandb_run import WandbRun
 from r3hf_ray.session import driver_facts, job_ended, ray_session
 from r3hf_ray.weights.object_ref import WeightStore
@@ -159,6 +160,7 @@ class _Follower:
         self._progress = Progress(self._console)
         settings = redacted(config.model_dump(mode="json"))
         self._wandb = WandbRun(folder, config.tracking, name=config.run.name, config=settings, warn=self._warn)
+        self._tensorboard = TensorBoardLog(folder, on=config.tracking.tensorboard, warn=self._warn)
         self._events.write({"event": "settings", "versions": versions(), "data": str(self._plan.report)})
         for warning in self._plan.warnings:
             self._warn(warning)
@@ -169,6 +171,7 @@ class _Follower:
             what = "stopped" if issubclass(kind, KeyboardInterrupt) else "failure"
             self._events.write({"event": what, "reason": str(error) or kind.__name__})
         self._wandb.finish(failed=kind is not None)
+        self._tensorboard.finish()
         self._metrics.close()
         self._events.close()
 
@@ -257,6 +260,7 @@ class _Follower:
         for row in snapshot.rows:
             plain = self._metrics.write(row)
             self._wandb.log(plain)
+            self._tensorboard.log(plain)
             self._latest |= plain
             self._show(snapshot)
         self._rows_seen += len(snapshot.rows)

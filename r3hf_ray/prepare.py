@@ -21,6 +21,7 @@ from r3hf_ray.records.lease import hold, new_lease
 from r3hf_ray.records.metrics import read_metrics
 from r3hf_ray.records.provenance import redacted, versions
 from r3hf_ray.records.run_folder import STAGE_MAY_CHANGE, STAGE_MAY_MOVE, check_run, open_run
+from r3hf_ray.records.tensorboard import TensorBoardLog
 from r3hf_ray.records.wandb_run import WandbRun
 from r3hf_ray.session import driver_facts, job_ended
 from r3hf_ray.training.trl_settings import split_batch
@@ -132,12 +133,14 @@ class _Records:
         self._show = on_row
         self._events = JsonlLog(self.folder / "events.jsonl")
         self._wandb = WandbRun(self.folder, config.tracking, name=config.run.name, config=redacted(settings), warn=note)
+        self._tensorboard = TensorBoardLog(self.folder, on=config.tracking.tensorboard, warn=note)
         note(str(data.report))
         counts = {"train": len(data.train), "heldout": len(data.heldout)}
         self._events.write({"event": "started", "versions": versions(), "data": str(data.report), **counts})
 
     def on_row(self, row: LoggedRow) -> None:
         self._wandb.log(row)
+        self._tensorboard.log(row)
         self._show(row)
 
     def __enter__(self) -> "_Records":
@@ -148,6 +151,7 @@ class _Records:
         self._events.write({"event": "failure" if kind else "finished", **failure})
         self._events.close()
         self._wandb.finish(failed=kind is not None)
+        self._tensorboard.finish()
 
 
 def _finished(config: StageConfig) -> StageResult | None:

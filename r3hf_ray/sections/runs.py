@@ -48,6 +48,8 @@ class TrackingSection(Section):
     """wandb project."""
     entity: str | None = None
     """wandb entity (user or team)."""
+    tensorboard: bool = False
+    """Write TensorBoard's file too, in `tensorboard/` of the run's folder; it needs no account."""
     samples_every: Positive = 10
     """Steps between two dumps of per-token samples. [steps]"""
     samples_per_dump: NonNegative = 8

@@ -139,7 +139,7 @@ def _compare(config: CompareConfig, options: CompareFlags, console: Console) -> 
 def _quickstart(options: QuickstartFlags, console: Console) -> int:
     from r3hf_ray.instruments.quickstart import quickstart
 
-    return quickstart(options.folder, seed=options.seed, short=options.short, console=console)
+    return quickstart(options, console)
 
 
 def _report(options: ReportFlags, console: Console) -> int:

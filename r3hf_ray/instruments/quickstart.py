@@ -13,6 +13,7 @@ from rich.console import Console
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.driver import RunResult, run_ppo
 from r3hf_ray.errors import ConfigError
+from r3hf_ray.flags import QuickstartFlags
 from r3hf_ray.instruments.credit.toy_credit import ToyMeasures, reward_model_agreement
 from r3hf_ray.instruments.report.report import write_report
 from r3hf_ray.instruments.toy.settings import ToySection
@@ -32,12 +33,13 @@ SHORT_WORLD = {"sft_rows": 4_000, "groups": 400, "heldout_pairs": 200}
 SHORT_PPO = ("--ppo.steps", "6", "--evaluation.prompts", "64", "--reward.calibration_samples", "64")
 
 
-def quickstart(folder: Path, *, seed: int, short: bool, console: Console) -> int:
-    """Run everything into a new folder below `folder`; returns the exit code.
+def quickstart(options: QuickstartFlags, console: Console) -> int:
+    """Run everything into a new folder below `options.folder`; returns the exit code.
 
     The default run exits with 1 and says which bar was missed; the short one is a smoke test without bars.
     """
-    start, root = time.monotonic(), _new_folder(folder / "quickstart")
+    start, root = time.monotonic(), _new_folder(options.folder / "quickstart")
+    seed, short = options.seed, options.short
     jobs = {"sft_job": _job("toy_sft"), "reward_job": _job("toy_reward")}
     models = ToyModels(ToySection.model_validate(jobs | {"seed": seed} | (SHORT_WORLD if short else {})), root)
     run = ["--run.folder", str(root), "--run.name", "ppo", "--run.seed", str(seed)]

@@ -1,7 +1,6 @@
 """`r3hf audit`: load, measure, write the page and its numbers, and say the result in few lines."""
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from r3hf_ray.data.loading import load_pairs
 from r3hf_ray.flags import AuditFlags
@@ -12,7 +11,6 @@ from r3hf_ray.instruments.pages.parts import model_name
 from r3hf_ray.instruments.pages.writing import write_page
 from r3hf_ray.instruments.scored_answers import Answer, load_judge, score_answers
 from r3hf_ray.sections.data import DataSection
-from r3hf_ray.types import Pair
 
 
 def run_audit(options: AuditFlags, console: Console) -> int:
@@ -22,9 +20,10 @@ def run_audit(options: AuditFlags, console: Console) -> int:
         ConfigError: the model or the data cannot be used.
     """
     data, judge = options.data, load_judge(options.reward_model)
-    pairs, report = audit_pairs(data, judge.tokenizer, window=judge.window)
-    console.print(report, markup=False)
-    answers = [Answer(pair.prompt_ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    any_length = data.model_copy(update={"max_prompt_tokens": judge.window})
+    loaded = load_pairs(any_length, judge.tokenizer, max_tokens=judge.window)
+    console.print(str(loaded.report), markup=False)
+    answers = [Answer(pair.prompt_ids, ids) for pair in loaded.train for ids in (pair.chosen_ids, pair.rejected_ids)]
     scored = score_answers(judge, answers, console=console)
     judged = list(zip(scored[::2], scored[1::2], strict=True))
     audit = audit_numbers(judged)
@@ -37,7 +36,7 @@ def run_audit(options: AuditFlags, console: Console) -> int:
         {
             "reward_model": options.reward_model,
             "data": data.model_dump(exclude_defaults=True),
-            "report": report,
+            "report": str(loaded.report),
             "verdict": advice,
             "audit": audit,
         },
@@ -47,16 +46,6 @@ def run_audit(options: AuditFlags, console: Console) -> int:
         console.print(f"note: {note}", markup=False)
     console.print(f"page: {page}", markup=False)
     return 0
-
-
-def audit_pairs(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, window: int) -> tuple[list[Pair], str]:
-    """Pairs that fit the reward model's window, and one line that says what was read and left out.
-
-    Raises:
-        DataError: unreadable data, rows without preferences, or no usable row.
-    """
-    loaded = load_pairs(data.model_copy(update={"max_prompt_tokens": window}), tokenizer, max_tokens=window)
-    return loaded.train, str(loaded.report)
 
 
 def selection(data: DataSection) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.counts_and_warnings import arithmetic, not_as_asked
+from r3hf_ray.counts_and_warnings import arithmetic, not_as_asked, risks
 from r3hf_ray.settings import load
 
 JOBS = [path for path in sorted((Path(__file__).parents[1] / "jobs").glob("*.toml")) if "[ppo]" in path.read_text()]
@@ -128,3 +128,10 @@ def test_what_was_not_asked_for_is_no_news() -> None:
 @pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
 def test_our_own_jobs_ask_for_nothing_that_is_not_done(job: Path) -> None:
     assert not_as_asked(load(PPOConfig, job, []), heldout=10_000, window=512) == []
+
+
+def test_float32_on_a_gpu_is_a_warning() -> None:
+    gpus = {"rollout": {"gpus_per_actor": 1.0}, "learner": {"gpus_per_rank": 1.0, "dtype": "bfloat16"}}
+    (sentence,) = [text for text in risks(configure(**gpus)) if "on a GPU" in text]
+    assert sentence.startswith("rollout.dtype = float32 on a GPU")
+    assert not [text for text in risks(configure()) if "on a GPU" in text]

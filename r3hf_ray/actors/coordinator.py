@@ -76,7 +76,7 @@ class Coordinator:
         self._fleet = Fleet(
             [Member(name, handle) for name, handle in rollouts.items()],
             [Member(name, handle) for name, handle in rewards.items()],
-            max_gap=config.weights.max_logprob_gap or (1e-3 if config.rollout.dtype == "float32" else 0.05),
+            max_gap=config.weights.max_logprob_gap or (1e-3 if config.rollout.dtype == "float32" else 0.1),
             timeline=self._timeline,
             outcome=self._outcome,
             patience=config.run.patience,

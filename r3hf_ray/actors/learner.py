@@ -9,12 +9,13 @@ up again after every restart; a restarted group begins at the last committed che
 import json
 import os
 import platform
-import tempfile
+import shutil
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,20 +23,21 @@ import ray
 import ray.train
 import torch
 from ray.exceptions import RayActorError
-from ray.train import Checkpoint, CheckpointConsistencyMode, UserCallback
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode, UserCallback
 
 from r3hf_ray.actors.environment import of_threads
 from r3hf_ray.actors.fleet import TrainGroup, train_group
 from r3hf_ray.actors.shares import RankShare
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import DivergenceError, ModelError, RunFailed, TelescopingError, sentence_of
-from r3hf_ray.models.sharding import make_mesh
+from r3hf_ray.models.sharding import barrier, make_mesh
 from r3hf_ray.training.experience import RewardScale
 from r3hf_ray.training.guard_rails import warnings_of
 from r3hf_ray.training.ppo import PPOLearner
 from r3hf_ray.types import ScoredTrajectory
 from r3hf_ray.weights.contract import LearnerEnd, Probe
 from r3hf_ray.weights.media import make_sender
+from r3hf_ray.weights.tensors import TORCH_TYPES
 
 SampleWriter = Callable[[Path, int, list[dict[str, Any]]], object]
 """(run folder, step, per-token rows): writes one dump; given by the driver, since the form of files is its side."""
@@ -233,7 +235,8 @@ class _Rank:
         start = time.perf_counter()
         ids = self._settings.probe_ids
         probe = Probe(token_ids=ids, logprobs=self._learner.evaluate_probe(ids)[1:]) if ids else None
-        publication = self._sender.send(self._learner.step, self._learner.full_parameters, probe)
+        gather = partial(self._learner.full_parameters, TORCH_TYPES[self._config.rollout.dtype])
+        publication = self._sender.send(self._learner.step, gather, probe)
         if publication is not None:
             ray.get(self._coordinator.publish.remote(publication))
         return time.perf_counter() - start
@@ -257,12 +260,18 @@ class _Rank:
         step = self._learner.step
         if step == self._saved:
             return
-        with tempfile.TemporaryDirectory() as folder:
-            self._learner.save(Path(folder))
-            if self._rank == 0:
-                pending = {str(of): keys for of, keys in ray.get(self._coordinator.pending.remote()).items()}
-                (Path(folder) / "pending.json").write_text(json.dumps(pending))
-            ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder))
+        name = f"checkpoint_{step:06d}"
+        folder = self._settings.run_folder / "checkpoints" / name
+        if self._rank == 0:  # a group that was lost while it wrote may have left a part
+            shutil.rmtree(folder, ignore_errors=True)
+        barrier()
+        self._learner.save(folder)
+        if self._rank == 0:
+            pending = {str(of): keys for of, keys in ray.get(self._coordinator.pending.remote()).items()}
+            (folder / "pending.json").write_text(json.dumps(pending))
+        written = Checkpoint.from_directory(str(folder))
+        mode = CheckpointUploadMode.NO_UPLOAD
+        ray.train.report({"step": step}, written, checkpoint_dir_name=name, checkpoint_upload_mode=mode)
         # Without this barrier a checkpoint that was reported is not yet one that a restart finds.
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
         self._saved = step

@@ -9,17 +9,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint._hf_utils import (
+    CUSTOM_METADATA_KEY,
+    DCP_VERSION_KEY,
+    FORMAT_KEY,
+    FORMAT_VALUE,
+    HF_DCP_VERSION,
+    SAVED_OFFSETS_KEY,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from r3hf_ray.errors import CheckpointError
-from r3hf_ray.models.sharding import local_state, rank
+from r3hf_ray.models.sharding import barrier, local_state, rank
 
 EXTRA_FILE = "extra.json"
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -30,11 +41,11 @@ def save(
 ) -> None:
     """Write every rank's shards of modules and optimizers, and ``extra`` as JSON. All ranks call it.
 
-    The shards are safetensors with their offsets, so another number of ranks can load them. Ranks may give different
-    folders, if their contents are merged afterwards (as Ray Train does).
+    The shards are safetensors with their offsets, so another number of ranks can load them: the files that torch's
+    `HuggingFaceStorageWriter` would write, but not by way of a copy in memory. `EXTRA_FILE` comes last.
 
     Args:
-        folder: new or without an older checkpoint.
+        folder: new or without an older checkpoint; shared by all ranks.
         modules: name -> `Policy` or `Critic`.
         optimizers: the same names -> their optimizers. Hyperparameters are not saved: they come from the configuration.
         extra: small JSON values, equal on all ranks.
@@ -44,9 +55,17 @@ def save(
     """
     if any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder}: holds a checkpoint already; save to a new folder")
+    barrier()
     folder.mkdir(parents=True, exist_ok=True)
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(_tensors(modules, optimizers), storage_writer=writer, no_dist=not dist.is_initialized())
+    own = {name: part for name, tensor in _tensors(modules, optimizers).items() if (part := _own_part(tensor))}
+    offsets = {name: {SAVED_OFFSETS_KEY: offset} for name, (_, offset) in own.items()}
+    metadata = {
+        CUSTOM_METADATA_KEY: json.dumps(offsets),
+        DCP_VERSION_KEY: str(HF_DCP_VERSION),
+        FORMAT_KEY: FORMAT_VALUE,
+    }
+    save_file({name: part for name, (part, _) in own.items()}, folder / f"rank_{rank():05d}.safetensors", metadata)
+    barrier()
     if rank() == 0:
         (folder / EXTRA_FILE).write_text(json.dumps(extra))
 
@@ -112,6 +131,18 @@ def save_pretrained(
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _own_part(tensor: Tensor) -> tuple[Tensor, list[int]] | None:
+    """What this rank writes of a tensor, and where it begins; None where another rank has it, or nothing is left."""
+    if not isinstance(tensor, DTensor):
+        return (tensor, [0] * tensor.ndim) if rank() == 0 else None
+    places = zip(tensor.placements, tensor.device_mesh.get_coordinate() or (), strict=True)
+    if any(isinstance(placement, Replicate) and place for placement, place in places):
+        return None
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    part = tensor.to_local().contiguous()
+    return (part, list(offset)) if part.numel() else None
 
 
 def _tensors(modules: dict[str, nn.Module], optimizers: dict[str, Optimizer]) -> dict[str, Tensor]:

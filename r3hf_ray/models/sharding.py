@@ -125,14 +125,23 @@ def local_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: state[name].detach() for name in first.values()}
 
 
-def full_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of `local_state` whole and on the CPU, one at a time. A collective: all ranks iterate to the end.
+def full_parameters(module: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of `local_state` whole, one at a time. A collective: all ranks iterate to the end.
 
     Give it the transformers model itself (``policy.model``) and the names are those of its own checkpoints. On a single
     CPU rank the tensors share memory with the model.
+
+    Args:
+        module: sharded or not.
+        dtype: of floating-point tensors, cast where they are, before they are gathered; None: their own.
+
+    Yields:
+        Name and tensor, on rank 0 on the CPU; the other ranks only help, and theirs stay on their device.
     """
-    for name, tensor in local_state(module).items():
-        yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    for name, own in local_state(module).items():
+        tensor = own.to(dtype) if dtype and own.is_floating_point() else own
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield name, whole.cpu() if rank() == 0 else whole
 
 
 def grad_norm(module: nn.Module) -> float:
@@ -173,6 +182,12 @@ def all_gather_rows(x: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def barrier() -> None:
+    """Wait for all ranks; nothing without torch.distributed."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def rank() -> int:

@@ -62,7 +62,7 @@ def write_capsule(
     models: list[tuple[str, nn.Module, Any]] = [("policy", policy, policy.model)]
     models += [] if critic is None else [("critic", critic, critic.trunk)]
     for name, module, model in models:
-        parameters = {key: value.clone() for key, value in full_parameters(module)}
+        parameters = {key: value.clone() for key, value in full_parameters(module) if rank() == 0}
         if rank() == 0:
             model.config.save_pretrained(folder / name)
             save_file(parameters, folder / name / "parameters.safetensors")

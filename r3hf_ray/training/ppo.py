@@ -167,9 +167,9 @@ class PPOLearner:
         known = user_function(name, field="reward.gold_credit") if name else None
         return token_rows(scored[:count], experience, step=self.step, decode=self.tokenizer.decode, gold_credit=known)
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def full_parameters(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """The policy's parameters, whole, by their transformers names (see `sharding.full_parameters`)."""
-        return full_parameters(self.policy.model)
+        return full_parameters(self.policy.model, dtype)
 
     def save(self, folder: Path) -> None:
         """Write a sharded checkpoint of all that training needs to go on bit by bit.
@@ -192,13 +192,14 @@ class PPOLearner:
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the policy as a folder that transformers and vLLM load as it is."""
+        dtype = DTYPES[self.config.learner.dtype]
         checkpoint.save_pretrained(
-            self.full_parameters(),
+            self.full_parameters(dtype),
             folder,
             config=self.policy.model.config,
             generation_config=self.policy.model.generation_config,
             tokenizer=self.tokenizer,
-            dtype=DTYPES[self.config.learner.dtype],
+            dtype=dtype,
         )
 
     def _shard(self, mesh: DeviceMesh | None) -> None:

@@ -2,6 +2,8 @@ import json
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -168,3 +170,25 @@ def test_an_interrupted_save_leaves_the_older_folder(tiny_models, tmp_path):
             tokenizer=load_tokenizer(tiny_models.policy),
         )
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_the_files_are_those_of_torchs_own_writer(tiny_models, tmp_path, run_ranks):
+    def on_a_rank(rank):
+        policy, optimizer = make(tiny_models.tied, 2)
+        train(policy, optimizer, 1, rank, 2)
+        parts = {"modules": {"policy": policy}, "optimizers": {"policy": optimizer}}
+        checkpoint.save(tmp_path / "ours", **parts, extra={})
+        writer = dcp.HuggingFaceStorageWriter(str(tmp_path / "theirs"), save_distributed=True)
+        dcp.save(checkpoint._tensors(**parts), storage_writer=writer)
+
+    run_ranks(on_a_rank)
+    read = {}
+    for name in ("ours", "theirs"):
+        chunks = {}
+        for file in sorted((tmp_path / name).glob("*.safetensors")):
+            with safe_open(file, "pt") as opened:
+                where = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
+                chunks |= {(key, *where[key]["saved_offsets"]): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        read[name] = chunks
+    assert read["ours"].keys() == read["theirs"].keys() and len(read["ours"]) > 20
+    assert all(torch.equal(part, read["theirs"][key]) for key, part in read["ours"].items())

@@ -250,3 +250,26 @@ def test_a_whole_gradient_that_is_too_large_is_not_held(tiny_models, run_ranks):
         return [p.grad is not None for p in policy.parameters()]
 
     assert all(all(given) for given in run_ranks(on_a_rank))
+
+
+def test_full_parameters_are_cast_where_they_are_and_gathered_in_that_type(tiny_models, run_ranks):
+    def on_a_rank(rank):
+        policy = Policy(load_policy(tiny_models.tied, torch.float32)).eval()
+        shard(policy, make_mesh(2, "cpu"), blocks="always", dtype=torch.float32)
+        sent = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                if "all_gather" in str(function):
+                    sent.append(args[0].dtype)
+                return function(*args, **(kwargs or {}))
+
+        with Watch():
+            cast = {name: x.float().numpy() for name, x in full_parameters(policy.model, torch.bfloat16)}
+        return sent, cast
+
+    whole = load_policy(tiny_models.tied, torch.float32).state_dict()
+    expected = {name: x.bfloat16().float() for name, x in whole.items()}
+    for sent, cast in run_ranks(on_a_rank):
+        assert set(sent) == {torch.bfloat16}
+        assert all(torch.equal(torch.from_numpy(x), expected[name]) for name, x in cast.items())

@@ -110,6 +110,10 @@ class PPOConfig(Command):
                 f"ppo.minibatches ({ppo.minibatches}) x learner.ranks ({self.learner.ranks}) is more than the "
                 f"{responses} responses of a step",
             ),
+            (
+                self.learner.ranks % self.learner.replicas == 0,
+                f"learner.replicas ({self.learner.replicas}) must divide learner.ranks ({self.learner.ranks})",
+            ),
             *self._credit_rules(),
             *self._model_rules(),
         ]

@@ -166,7 +166,7 @@ class _Rank:
             self._config,
             scale=RewardScale(),
             device=torch.device("cuda" if on_gpu else "cpu"),
-            mesh=make_mesh(self._world, "cuda" if on_gpu else "cpu"),
+            mesh=make_mesh(self._world, "cuda" if on_gpu else "cpu", self._config.learner.replicas),
             capsules=settings.run_folder / "divergence",
         )
 

@@ -48,7 +48,7 @@ def probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     rows = model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(1, PROBE_TOKENS + 1) * rows // (PROBE_TOKENS + 1)
     ids[-1] -= int(ids[-1] == model.config.get_text_config().pad_token_id)
-    return ids[None], torch.ones_like(ids)[None]
+    return ids[None].to(model.device), torch.ones_like(ids)[None].to(model.device)
 
 
 def hidden_as_made(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
@@ -95,6 +95,7 @@ def _needs_mask(model: PreTrainedModel) -> bool:
         return True
     ids = probe(model)[0].repeat(3, 1)
     mask = torch.arange(PROBE_TOKENS) < torch.tensor([[PROBE_TOKENS], [PROBE_TOKENS // 2], [3]])
+    mask = mask.to(ids.device)
     trunk, trains = model.base_model, model.base_model.training
     trunk.eval()
     told, untold = (

@@ -26,7 +26,7 @@ from r3hf_ray.models.running_sum import RunningSumConfig, RunningSumForSequenceC
 
 MASKED = -1e9
 """Logit of an id that is no token: its probability is 0, and so is its part of an entropy, which -inf would spoil."""
-_CLASSIFIER_HEADS = ("score.", "token_score.", "classifier.")
+CLASSIFIER_HEADS = ("score.", "token_score.", "classifier.")
 
 
 def load_policy(source: str | Path, dtype: torch.dtype, *, attention: Attention = "auto") -> PreTrainedModel:
@@ -43,18 +43,27 @@ def load_policy(source: str | Path, dtype: torch.dtype, *, attention: Attention 
             come out wrong.
     """
     model, report = _load(AutoModelForCausalLM, source, dtype, "policy", attention)
-    heads = [key for key in sorted(report["unexpected_keys"]) if key.startswith(_CLASSIFIER_HEADS)]
+    heads = [key for key in sorted(report["unexpected_keys"]) if key.startswith(CLASSIFIER_HEADS)]
     if heads:
         raise ModelError(f"{source}: holds {heads[0]}, so it is a reward model and no policy; name a language model")
-    with torch.no_grad():
-        ids, mask = probe(model)
-        ours = model.get_output_embeddings()(hidden_as_made(model, ids, mask))
-        said = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    if not close(ours, said, TOLERANCE[dtype] / 10):
-        raise ModelError(f"{source}: it caps or scales its logits behind lm_head, which is not supported")
-    _mask_unknown(model, source)
-    attending.settle(model, source, attention)
+    check_policy(model, source, attention)
+    mask_unknown(model, source)
     return model
+
+
+@torch.no_grad()
+def check_policy(model: PreTrainedModel, source: str | Path, attention: Attention) -> None:
+    """Settle a policy's attention, and refuse it if its logits are more than `lm_head(hidden)`.
+
+    Raises:
+        ModelError: they are, or the attention cannot be had.
+    """
+    ids, mask = probe(model)
+    ours = model.get_output_embeddings()(hidden_as_made(model, ids, mask))
+    said = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    if not close(ours, said, TOLERANCE[model.dtype] / 10):
+        raise ModelError(f"{source}: it caps or scales its logits behind lm_head, which is not supported")
+    attending.settle(model, source, attention)
 
 
 def load_reward_model(source: str | Path, dtype: torch.dtype, *, attention: Attention = "auto") -> PreTrainedModel:
@@ -69,14 +78,32 @@ def load_reward_model(source: str | Path, dtype: torch.dtype, *, attention: Atte
         ModelError: it cannot be loaded, has another number of labels, lacks trained weights, is no decoder with a
             linear ``score`` head, or its own score of a sequence is not what this head says at the last token.
     """
-    check_folder(source, "reward model")
+    require_one_label(source)
+    model, _ = _load(AutoModelForSequenceClassification, source, dtype, "reward model", attention)
+    check_reward_model(model, source, attention)
+    return model
+
+
+def require_one_label(source: str | Path) -> None:
+    """Refuse a classifier that gives no single score.
+
+    Raises:
+        ModelError: it has another number of labels.
+    """
     labels = read_config(source, "reward model").num_labels
     if labels != 1:
         raise ModelError(f"{source}: a reward model has one label, this has {labels}; train one with `r3hf reward`")
-    model, _ = _load(AutoModelForSequenceClassification, source, dtype, "reward model", attention)
+
+
+@torch.no_grad()
+def check_reward_model(model: PreTrainedModel, source: str | Path, attention: Attention) -> None:
+    """Settle a reward model's attention, and refuse it if its score is not its head at the last token, or summed.
+
+    Raises:
+        ModelError: it is not, or the attention cannot be had.
+    """
     _require_own_scores(model)
     attending.settle(model, source, attention)
-    return model
 
 
 def untrained_reward_model(source: str | Path, *, head: str, attention: Attention = "auto") -> PreTrainedModel:
@@ -175,9 +202,7 @@ def _load(
     return model.eval(), report
 
 
-@torch.no_grad()
 def _require_own_scores(model: PreTrainedModel) -> None:
-    """Refuse a reward model whose own score of a probe is not what its head says at the last token, or summed."""
     head, (ids, mask) = score_head(model), probe(model)
     head.float()  # a head that is read in float32 is one already
     scores = head(hidden_as_made(model, ids, mask).float())[..., 0]
@@ -194,7 +219,7 @@ def _require_own_scores(model: PreTrainedModel) -> None:
         )
 
 
-def _mask_unknown(model: PreTrainedModel, source: str | Path) -> None:
+def mask_unknown(model: PreTrainedModel, source: str | Path) -> None:
     """Let the head give ids that are no token of the folder's tokenizer no probability, wherever it is called."""
     head = model.get_output_embeddings()
     try:

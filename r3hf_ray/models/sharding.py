@@ -26,8 +26,10 @@ WHOLE_GRADIENT_BYTES = 2 * 2**30
 """`auto` lets each rank hold a whole gradient of up to this size between microbatches. [bytes]"""
 
 
-def make_mesh(world_size: int, device_type: str) -> DeviceMesh:
-    """A one-dimensional mesh over all ranks; for one rank outside of any group, over a group of its own.
+def make_mesh(world_size: int, device_type: str, replicas: int = 1) -> DeviceMesh:
+    """A mesh over all ranks; for one rank outside of any group, over a group of its own.
+
+    With ``replicas`` above 1 it has two dimensions: replicate over the first, shard within the second.
 
     Raises:
         RuntimeError: ``world_size`` is above 1 and torch.distributed is not initialised.
@@ -37,7 +39,8 @@ def make_mesh(world_size: int, device_type: str) -> DeviceMesh:
             raise RuntimeError(f"a mesh of {world_size} ranks needs torch.distributed to be initialised")
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return init_device_mesh(device_type, (world_size,))
+    shape = (world_size,) if replicas == 1 else (replicas, world_size // replicas)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard")[2 - len(shape) :])
 
 
 def shard(
@@ -55,7 +58,7 @@ def shard(
 
     Args:
         module: a `Policy` or `Critic`, on its device.
-        mesh: of all ranks; None for a single rank.
+        mesh: of all ranks (`make_mesh`); None for a single rank.
         blocks: "always" shards each decoder block apart, "never" the root only, "auto" decides by size.
         dtype: of forward and backward.
         keep_float32: a part of ``module`` that computes in float32 (a critic's head).
@@ -150,8 +153,10 @@ def grad_norm(module: nn.Module) -> float:
     if not gradients:
         return 0.0
     squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-    sharded = any(isinstance(p, DTensor) for p in module.parameters())
-    return float((all_reduce_sum(squares) if sharded else squares).sqrt())
+    mesh = next((p.device_mesh for p in module.parameters() if isinstance(p, DTensor)), None)
+    if mesh is None:
+        return float(squares.sqrt())
+    return float((all_reduce_sum(squares) / (mesh.size(0) if mesh.ndim > 1 else 1)).sqrt())
 
 
 def scale_gradients(module: nn.Module, *, norm: float, max_norm: float) -> None:

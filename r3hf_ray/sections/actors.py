@@ -79,6 +79,9 @@ class LearnerSection(Section):
 
     ranks: Positive = 2
     """Learner ranks. [processes]"""
+    replicas: Positive = 1
+    """Copies of the sharded models: each is sharded over ranks / replicas ranks, such as the GPUs of one node, and
+    gradients are added up over copies. [copies]"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of forward and backward; master weights and optimizer state stay float32."""
     gradient_checkpointing: bool = False

@@ -20,19 +20,14 @@ from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import DivergenceError
 from r3hf_ray.models import checkpoint
 from r3hf_ray.models.folder import ModelFolder
-from r3hf_ray.models.load import load_policy
-from r3hf_ray.models.logprobs import Policy
 from r3hf_ray.models.sharding import (
     DTYPES,
     all_reduce_max,
-    checkpoint_activations,
     full_parameters,
     grad_norm,
     reduce_gradients,
     scale_gradients,
-    shard,
 )
-from r3hf_ray.models.values import Critic, critic_from_policy, critic_from_reward_model
 from r3hf_ray.training.divergence import write_capsule
 from r3hf_ray.training.experience import (
     Experience,
@@ -46,6 +41,7 @@ from r3hf_ray.training.minibatches import Minibatch, plan_minibatches
 from r3hf_ray.training.optimizers import adamw, eps_share
 from r3hf_ray.training.ppo_losses import LossShare, critic_share, policy_divisor, policy_share
 from r3hf_ray.training.ppo_metrics import experience_metrics, reduce_named, token_rows
+from r3hf_ray.training.trained_models import trained_critic, trained_policy
 from r3hf_ray.types import COST, MAIN, ScoredTrajectory
 from r3hf_ray.user_functions import user_function
 
@@ -83,11 +79,9 @@ class PPOLearner:
         self.kl_coef, self.multiplier = config.ppo.kl_coef, config.cost.multiplier
         folder = ModelFolder(config.model.policy, "policy")
         self.tokenizer, self._pad_id = folder.tokenizer, folder.pad_id
-        loaded = load_policy(config.model.policy, torch.float32, attention=config.model.attention)
-        self.policy = Policy(loaded, chunk=config.learner.logits_chunk).eval().to(self.device)
+        self.policy = trained_policy(config, device=self.device, mesh=mesh)
         folder.name_ends(self.policy.model)
-        self.critic = _load_critic(config, scale).eval().to(self.device) if config.has_critic else None
-        self._shard(mesh)
+        self.critic = trained_critic(config, scale, device=self.device, mesh=mesh)
         rates = {"policy": config.optimizer.policy_lr, "critic": config.optimizer.critic_lr}
         self._rates = {name: rates[name] for name in self._modules()}
         self._optimizers: dict[str, Optimizer] = {
@@ -201,14 +195,6 @@ class PPOLearner:
             tokenizer=self.tokenizer,
             dtype=dtype,
         )
-
-    def _shard(self, mesh: DeviceMesh | None) -> None:
-        learner = self.config.learner
-        for module in self._modules().values():
-            head = module.head if isinstance(module, Critic) else None
-            if learner.gradient_checkpointing:
-                checkpoint_activations(module)
-            shard(module, mesh, blocks=learner.shard_blocks, dtype=DTYPES[learner.dtype], keep_float32=head)
 
     def _optimizer_step(self, minibatch: Minibatch, experience: Experience) -> dict[str, float]:
         """Both backward passes, then both steps, so that a capsule holds both models as the losses saw them."""
@@ -333,17 +319,3 @@ class PPOLearner:
         start = time.perf_counter()
         yield
         self._seconds[name] += time.perf_counter() - start
-
-
-def _load_critic(config: PPOConfig, scale: RewardScale) -> Critic:
-    if config.critic_init == "sft":
-        return critic_from_policy(config.model.policy, torch.float32, attention=config.model.attention)
-    keep_head = config.critic_init == "reward_model"
-    return critic_from_reward_model(
-        config.critic.source or config.model.reward_model,
-        torch.float32,
-        keep_head=keep_head,
-        mean=scale.mean,
-        scale=scale.scale / config.model.reward_weight if keep_head else 1.0,
-        attention=config.model.attention,
-    )

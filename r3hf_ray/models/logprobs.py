@@ -144,7 +144,7 @@ def _add_product(total: Tensor, of_logits: Tensor, hidden: Tensor) -> None:
     if total.dtype == hidden.dtype or not total.is_cuda:
         total.addmm_(of_logits.t().to(total.dtype), hidden.to(total.dtype))
     else:  # in 16 bits a GPU multiplies many times as fast
-        torch.addmm(total, of_logits.t(), hidden, out_dtype=total.dtype, out=total)
+        total += torch.mm(of_logits.t(), hidden, out_dtype=total.dtype)
 
 
 def _before_responses(

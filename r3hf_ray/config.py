@@ -82,6 +82,18 @@ class PPOConfig(Command):
         return {name for name, weight in self.model.weights(price).items() if weight}
 
     @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.ppo.steps * self.ppo.epochs * self.ppo.minibatches
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether anything uses the frozen reference: a price, a log, spans by its entropy, or a user's own method."""
+        ppo, reward = self.ppo, self.reward
+        by_entropy = "span_ends" in reward.facts.needs and reward.segment_by == "entropy"
+        return bool(ppo.kl_coef or ppo.kl_target or ppo.log_kl or by_entropy or ":" in reward.mode)
+
+    @property
     def has_critic(self) -> bool:
         """Whether a critic is loaded and trained."""
         return self.ppo.advantage == "gae"
@@ -113,6 +125,10 @@ class PPOConfig(Command):
             (
                 self.learner.ranks % self.learner.replicas == 0,
                 f"learner.replicas ({self.learner.replicas}) must divide learner.ranks ({self.learner.ranks})",
+            ),
+            (
+                ppo.old_logprobs == "learner" or ppo.importance_cap is None,
+                "ppo.importance_cap weighs the learner's old logprobs by the sampler's: set ppo.old_logprobs = learner",
             ),
             *self._credit_rules(),
             *self._model_rules(),

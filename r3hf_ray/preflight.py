@@ -96,6 +96,7 @@ def check(config: PPOConfig) -> Plan:
             model=config.model,
             temperature=config.rollout.temperature,
             logits_chunk=config.learner.logits_chunk,
+            refers=config.has_reference,
             reads={name: model for name, (model, _) in models.items()},
         ),
         probe_ids=probe_sequence(prompts, min(config.weights.probe_tokens, window - 1)),

@@ -188,6 +188,11 @@ def test_one_sentence_for_a_wrong_field(tmp_path: Path, text: str, sentence: str
             ["model.reward_weight = 0 leaves no model"],
         ),
         (["--model.attention", "flash_attention_2", "--learner.dtype", "bfloat16"], ["flash_attention_2 needs GPUs"]),
+        (
+            ["--ppo.old_logprobs", "sampler", "--ppo.importance_cap", "2"],
+            ["ppo.importance_cap", "old_logprobs = learner"],
+        ),
+        (["--learner.ranks", "3", "--learner.replicas", "2"], ["learner.replicas (2) must divide learner.ranks (3)"]),
         (["--model.cost", "c"], ["cost.limit must be set", "cost.multiplier_lr = 0"]),
         (["--critic.init", "sft", "--critic.source", "s"], ["critic.init = sft", "does not read critic.source"]),
         (

@@ -92,6 +92,9 @@ METRICS: dict[str, Metric] = {
     "async/staleness/max": Metric("steps", "The same, largest; bounded by rollout.max_lag."),
     "sync/version": Metric("version", "Weights version the samplers proved to have loaded."),
     "sync/seconds": Metric("s", "Time to publish and load one weights version."),
+    "kl/sampler/start": Metric(
+        "nats", "Estimated KL from sampler to learner before the first update, where ppo.old_logprobs = sampler."
+    ),
     "sync/bytes": Metric("bytes", "Size of one weights version."),
     "sync/probe_gap": Metric("nats", "Mean logprob gap, learner against sampler, on a fixed probe after the sync."),
     "sync/mismatch": Metric("tensors", "Tensors whose fingerprint did not match after loading; must stay 0."),

@@ -54,6 +54,8 @@ class ScoringSettings:
     """Of sampling, and so of the reference's logprobs."""
     logits_chunk: int = CHUNK
     """As `learner.logits_chunk`, for the reference. [tokens]"""
+    refers: bool = True
+    """Whether anything uses the reference; where nothing does, it is not loaded."""
     reads: Mapping[str, RewardModel] = field(default_factory=dict)
     """What each reward model reads, by name; one that is not named reads the ids as they are."""
 
@@ -74,7 +76,9 @@ class Scorer:
             name: _reader(source, settings.reads.get(name, RewardModel()), settings, make_reader)
             for name, source in settings.model.reward_sources.items()
         }
-        self._reference = load_policy(reference, dtype, attention=settings.model.attention).to(settings.device)
+        self._reference = None
+        if settings.refers:
+            self._reference = load_policy(reference, dtype, attention=settings.model.attention).to(settings.device)
         self._bind = bind_method(settings.reward, settings.model.policy)
         self._gold = load_gold(settings.reward.gold) if settings.reward.gold else None
         self._tokenizer = load_tokenizer(settings.model.policy) if settings.reward.gold else None
@@ -113,13 +117,14 @@ class Scorer:
             device=device,
         )
         readings = self._read(batch)
-        ref, entropy = self._refer(batch)
+        behavior = pad_rows([t.behavior_logprobs for t in trajectories], fill=0.0).to(device)
+        ref, entropy = self._refer(batch, behavior)
         inputs = RedistributionInputs(
             scores=readings[MAIN].scores,
             response_mask=batch.response_mask,
             token_ids=batch.token_ids,
             finished=batch.finished,
-            behavior_logprobs=pad_rows([t.behavior_logprobs for t in trajectories], fill=0.0).to(device),
+            behavior_logprobs=behavior,
             ref_logprobs=ref,
             by_model={name: reading.scores for name, reading in readings.items()},
         )
@@ -157,7 +162,10 @@ class Scorer:
             method=self._bind(inputs, reading.attention, entropy),
         )
 
-    def _refer(self, batch: Sampled) -> tuple[Tensor, Tensor | None]:
+    def _refer(self, batch: Sampled, behavior: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logprobs and, where it is asked for, entropy; without a reference, what the samples came with."""
+        if self._reference is None:
+            return behavior, None
         temperature, chunk = self._settings.temperature, self._settings.logits_chunk
         if needs_entropy(self._reward):
             return token_logprobs_and_entropy(self._reference, *batch.arrays, temperature=temperature, chunk=chunk)

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from r3hf_ray.sections.fields import BelowOne, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
+LRSchedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"]
+
 
 class PPOSection(Section):
     """The PPO objective."""
@@ -42,12 +44,19 @@ class PPOSection(Section):
     only k1 has the gradient of the KL."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Where the KL is paid. In the loss the gradient is k2's, the right one, whichever estimate is logged."""
+    log_kl: bool = True
+    """Measure the KL to the reference even where it has no price (`kl_coef = 0` without `kl_target`); false: then no
+    reference is loaded, and nothing says how far the policy has moved."""
     kl_target: PositiveFloat | None = None
     """If set, kl_coef adapts to hold this KL to the reference. [nats a response]"""
     kl_horizon: PositiveFloat = 10_000.0
     """Adaptation horizon of the KL controller. [responses]"""
     whiten_advantages: bool = True
     """Whiten advantages by moments over all ranks."""
+    old_logprobs: Literal["learner", "sampler"] = "learner"
+    """Whose logprobs PPO's ratio is taken to: the learner's own before its first update, or those the samples came
+    with, which saves a forward of the policy but holds the two programs' rounding, and the lag where there is one
+    (`kl/sampler/start`)."""
     importance_cap: PositiveFloat | None = None
     """If set, the policy loss carries min(exp(old - behaviour), cap): for max_lag >= 1."""
     microbatch_tokens: Positive = 8192
@@ -81,6 +90,8 @@ class OptimizerSection(Section):
     there. `policy/eps_share` says what it takes."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
+    lr_schedule: LRSchedule = "constant"
+    """Of both learning rates behind the warm-up, one of transformers' own, over all optimizer steps of the run."""
     warmup_steps: NonNegative = 0
     """Linear warm-up. [optimizer steps]"""
     max_grad_norm: PositiveFloat = 1.0

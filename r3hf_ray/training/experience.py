@@ -89,7 +89,10 @@ class Experience:
 
 @torch.no_grad()
 def evaluate(policy: nn.Module, critic: nn.Module | None, batch: Batch, config: PPOConfig) -> Seen:
-    """Run the models on the batch, in microbatches of the training's size. A collective: ranks agree on how many."""
+    """Run the models on the batch, in microbatches of the training's size. A collective: ranks agree on how many.
+
+    With `ppo.old_logprobs = "sampler"` the policy is not run, and the entropy is not known: 0.
+    """
     groups = microbatches(batch.lengths, budget_tokens=config.ppo.microbatch_tokens)
     count = int(all_reduce_max(torch.tensor(len(groups), device=batch.token_ids.device)))
     logprobs, entropy, values = torch.zeros(3, *batch.token_ids.shape, device=batch.token_ids.device)
@@ -97,7 +100,9 @@ def evaluate(policy: nn.Module, critic: nn.Module | None, batch: Batch, config: 
         index = groups[number] if number < len(groups) else []
         rows = batch.rows(index) if index else masked_filler(batch)
         arrays = (rows.token_ids, rows.attention_mask, rows.response_mask)
-        chosen, spread = policy(*arrays, temperature=config.rollout.temperature, entropy=True)
+        chosen, spread = rows.behavior_logprobs, torch.zeros_like(rows.behavior_logprobs)
+        if config.ppo.old_logprobs == "learner":
+            chosen, spread = policy(*arrays, temperature=config.rollout.temperature, entropy=True)
         before = torch.zeros_like(chosen) if critic is None else state_values(critic, *arrays)
         if index:
             for whole, part in ((logprobs, chosen), (entropy, spread), (values, before)):

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
+from transformers import get_scheduler
 
 from r3hf_ray.models.sharding import all_reduce_sum
 from r3hf_ray.sections.ppo import OptimizerSection
@@ -24,6 +25,21 @@ def adamw(module: nn.Module, settings: OptimizerSection, lr: float) -> AdamW:
         step = torch.tensor(0.0, device=parameter.device)
         optimizer.state[parameter] = {"step": step, "exp_avg": moment, "exp_avg_sq": moment.clone()}
     return optimizer
+
+
+def lr_share(settings: OptimizerSection, step: int, steps: int) -> float:
+    """Share of the peak learning rate of the optimizer step ``step`` (from 0) of ``steps``; none of them is 0.
+
+    It depends on the step alone, so a run that goes on needs no state of it.
+
+    Example: warm-up over 2 of 4 steps, then linear: ``1/2, 1, 1, 1/2``.
+    """
+    warmup = settings.warmup_steps
+    if step < warmup:  # transformers' own would leave the first step out
+        return (step + 1) / warmup
+    unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = get_scheduler(settings.lr_schedule, unit, num_warmup_steps=warmup, num_training_steps=steps)
+    return float(schedule.lr_lambdas[0](step))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from r3hf_ray.algorithms.advantages import next_kl_coef
 from r3hf_ray.algorithms.batching import collate
 from r3hf_ray.algorithms.lagrange import next_multiplier
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.errors import DivergenceError
+from r3hf_ray.errors import CheckpointError, DivergenceError
 from r3hf_ray.models import checkpoint
 from r3hf_ray.models.folder import ModelFolder
 from r3hf_ray.models.sharding import (
@@ -38,7 +38,7 @@ from r3hf_ray.training.experience import (
 )
 from r3hf_ray.training.guard_rails import WATCHED, length_drift
 from r3hf_ray.training.minibatches import Minibatch, plan_minibatches
-from r3hf_ray.training.optimizers import adamw, eps_share
+from r3hf_ray.training.optimizers import adamw, eps_share, lr_share
 from r3hf_ray.training.ppo_losses import LossShare, critic_share, policy_divisor, policy_share
 from r3hf_ray.training.ppo_metrics import experience_metrics, reduce_named, token_rows
 from r3hf_ray.training.trained_models import trained_critic, trained_policy
@@ -130,6 +130,8 @@ class PPOLearner:
         metrics |= {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
         metrics["policy/ratio/max"] = max(step["policy/ratio/max"] for step in steps)
         metrics |= {f"{name}/eps_share": eps_share(optimizer) for name, optimizer in self._optimizers.items()}
+        if ppo.old_logprobs == "sampler":  # nothing else is between them before the first update
+            metrics["kl/sampler/start"] = steps[0]["policy/approx_kl"]
         metrics |= {"policy/lr": steps[-1]["policy/lr"]} | self._adapt_prices(metrics) | self._slowest()
         self.step += 1
         self._last = (scored, experience)
@@ -177,9 +179,12 @@ class PPOLearner:
         """Go on from a checkpoint, on any number of ranks.
 
         Raises:
-            CheckpointError: it is incomplete or of other models.
+            CheckpointError: it is incomplete, of other models, or of another learning-rate schedule.
         """
         extra = checkpoint.load(folder, modules=self._modules(), optimizers=self._optimizers)
+        saved, asked = extra.get("lr_schedule", "constant"), self.config.optimizer.lr_schedule
+        if saved != asked:
+            raise CheckpointError(f"{folder}: optimizer.lr_schedule was {saved} and is {asked} now: go on with {saved}")
         self.step, self._optimizer_steps, self.first = extra["step"], extra["optimizer_steps"], extra["first"]
         self.kl_coef, self.multiplier = extra["kl_coef"], extra["multiplier"]
         self.scales = {name: RewardScale(**scale) for name, scale in extra["scales"].items()}
@@ -213,7 +218,7 @@ class PPOLearner:
         metrics |= {f"{name}/grad_norm": norm for name, norm in norms.items()}
         metrics["policy/ratio/mean"] = metrics.pop("policy/ratio")
         self._require_finite(metrics, minibatch, experience)
-        rate = self._warmup()
+        rate = lr_share(self.config.optimizer, self._optimizer_steps, self.config.optimizer_steps)
         for name, module in self._modules().items():
             with self._timed(f"train_{name}"):
                 self._apply(module, self._optimizers[name], norms[name], self._rates[name] * rate)
@@ -271,10 +276,6 @@ class PPOLearner:
             f"this optimizer step was not taken, and `r3hf replay {folder}` runs it again"
         )
 
-    def _warmup(self) -> float:
-        warmup = self.config.optimizer.warmup_steps
-        return min(1.0, (self._optimizer_steps + 1) / warmup) if warmup else 1.0
-
     def _adapt_prices(self, metrics: dict[str, float]) -> dict[str, float]:
         """The prices of KL and cost for the next step; returned are those of this one."""
         ppo, cost, paid = self.config.ppo, self.config.cost, {"kl/coef": self.kl_coef}
@@ -304,6 +305,7 @@ class PPOLearner:
             "optimizer_steps": self._optimizer_steps,
             "scales": {name: asdict(scale) for name, scale in self.scales.items()},
             "first": self.first,
+            "lr_schedule": self.config.optimizer.lr_schedule,
         }
 
     def _modules(self) -> dict[str, nn.Module]:

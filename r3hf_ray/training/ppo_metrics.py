@@ -89,12 +89,20 @@ def experience_metrics(experience: Experience, config: PPOConfig, *, step: int) 
     metrics = _named(of, added, largest) | _credit_metrics(of, added, config)
     for place in map(score_of, batch.by_model):
         metrics |= {f"{place}/mean": of[place].mean, f"{place}/std": of[place].std}
+    for unmeasured in _unmeasured(config):
+        del metrics[unmeasured]
     if config.ppo.importance_cap is not None:
         metrics |= {"kl/is_weight/mean": of["importance"].mean, "kl/is_weight/max": largest["importance"]}
     if config.has_critic:
         explained = _explained(of["residual"], of["return"])
         metrics |= {"critic/explained_var": explained, "critic/values/mean": of["value"].mean}
     return metrics
+
+
+def _unmeasured(config: PPOConfig) -> list[str]:
+    """Metrics whose other side was not computed."""
+    sampler = [f"kl/sampler/{name}" for name in ("mean", "logp_absdiff_mean", "logp_absdiff_max")] + ["policy/entropy"]
+    return (sampler if config.ppo.old_logprobs == "sampler" else []) + ([] if config.has_reference else ["kl/ref/mean"])
 
 
 def score_of(model: str) -> str:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from r3hf_ray.algorithms.redistribution import PrefixScores
 from r3hf_ray.errors import ConfigError, ModelError
 from r3hf_ray.models.folder import load_tokenizer
+from r3hf_ray.scoring import scorer as scorer_module
 from r3hf_ray.scoring.readers import ReaderSettings, Reading, Sampled
 from r3hf_ray.scoring.scorer import RewardModel, Scorer, ScoringSettings, load_gold
 from r3hf_ray.scoring.translation import Translation, prompt_key
@@ -400,3 +401,15 @@ def test_without_a_judge_there_is_no_gold_score(scorer: Scorer) -> None:
 def test_a_judge_that_is_not_there_is_a_configuration_error(judges: str, name: str) -> None:
     with pytest.raises(ConfigError, match=r"reward\.gold: .*write package\.module:function"):
         load_gold(name)
+
+
+def test_a_reference_that_nothing_uses_is_not_loaded(
+    settings: ScoringSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(scorer_module, "load_policy", lambda source, *_, **__: loaded.append(source))
+    without = Scorer(replace(settings, refers=False))
+    assert loaded == []
+    for item, given in zip(without.score(ALL), ALL, strict=True):
+        assert isinstance(item, ScoredTrajectory)
+        assert (item.ref_logprobs == given.behavior_logprobs).all()

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from r3hf_ray.algorithms import batching
 from r3hf_ray.algorithms.advantages import gae
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.errors import DivergenceError, TelescopingError
+from r3hf_ray.errors import CheckpointError, DivergenceError, TelescopingError
 from r3hf_ray.models.sharding import full_parameters, make_mesh
 from r3hf_ray.training.divergence import replay_capsule
 from r3hf_ray.training.experience import RewardScale
@@ -466,3 +466,46 @@ def test_bfloat16_stays_near_float32(tiny_models, alone, run_ranks, world):
         assert metrics["critic/loss"] == pytest.approx(reference["critic/loss"], rel=0.05)
         assert metrics["policy/grad_norm"] == pytest.approx(reference["policy/grad_norm"], rel=0.2)
         assert {x.dtype for name, x in parameters.items() if name != "summed"} == {np.dtype("float32")}
+
+
+def test_a_schedule_is_followed_and_not_changed_on_the_way(tiny_models, tmp_path):
+    sections = {"ppo": {"steps": 2}, "optimizer": {"policy_lr": 1e-3, "lr_schedule": "linear"}}
+    ppo = learner(tiny_models, **sections)
+    update(ppo)
+    ppo.save(tmp_path / "checkpoint")
+    expected = update(ppo, seed=1)
+    again = learner(tiny_models, **sections)
+    again.load(tmp_path / "checkpoint")
+    assert without_times(update(again, seed=1)) == without_times(expected)
+    assert expected["policy/lr"] == pytest.approx(1e-3 * 1 / 8)  # the last of 2 x 2 x 2 optimizer steps
+    other = learner(tiny_models, optimizer={"lr_schedule": "cosine"})
+    with pytest.raises(CheckpointError, match="lr_schedule was linear and is cosine now"):
+        other.load(tmp_path / "checkpoint")
+
+
+def test_old_logprobs_of_the_sampler_save_a_forward_and_say_how_far_off_they_are(tiny_models):
+    ppo = learner(tiny_models, ppo={"old_logprobs": "sampler"})
+    entropies = []
+    ppo.policy.register_forward_hook(
+        lambda _, given, named, out: entropies.append(named.get("entropy", False)), with_kwargs=True
+    )
+    metrics = update(ppo)
+    assert entropies and not any(entropies)
+    batch, seen = ppo._last[1].batch, ppo._last[1]
+    assert torch.equal(seen.logprobs, batch.behavior_logprobs)
+    assert metrics["kl/sampler/start"] > 0.0
+    assert "policy/entropy" not in metrics and "kl/sampler/mean" not in metrics
+    assert "kl/sampler/start" not in update(learner(tiny_models))
+
+
+def test_a_kl_that_is_not_measured_is_not_logged(tiny_models):
+    assert "kl/ref/mean" in update(learner(tiny_models, ppo={"kl_coef": 0.0}))
+    ppo = learner(tiny_models, ppo={"kl_coef": 0.0, "log_kl": False})
+    assert "kl/ref/mean" not in update(ppo) and not ppo.config.has_reference
+    priced = configuration(tiny_models, ppo={"kl_coef": 0.1, "log_kl": False})
+    asked = configuration(
+        tiny_models,
+        ppo={"kl_coef": 0.0, "log_kl": False},
+        reward={"mode": "segment", "segment_by": "entropy"},
+    )
+    assert priced.has_reference and asked.has_reference

@@ -66,8 +66,13 @@ def test_audit_finds_a_hub_dataset_as_a_job_does(
 
 
 def test_audit_of_pairs_and_of_rankings(
-    read_page: ReadPage, toy_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    read_page: ReadPage,
+    toy_world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("r3hf_ray.instruments.audit.page.SHOWN_DOTS", 10)
     rng = random.Random(0)
     pairs, ranked = [], []
     for _ in range(30):
@@ -88,4 +93,5 @@ def test_audit_of_pairs_and_of_rankings(
         page = read_page(tmp_path / name / "audit.html")
         assert len(page.data["charts"]) == 5 and len(page.data["answers"]) == 8
         assert [len(card["texts"]) for card in page.data["answers"]] == [2] * 8
+        assert "one dot an answer, the first 10 of 40" in page.texts
     assert results[0] == results[1]  # a ranking gives its first preference

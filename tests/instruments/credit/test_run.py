@@ -33,9 +33,9 @@ def test_credit_on_marked_answers(
     rows = [marked_row(f"Ann won {i} times. Bob lost. {ATTACK if i == 0 else ''}", ATTACK) for i in range(6)]
     (tmp_path / "marked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["credit", "--benchmark", str(tmp_path / "marked.jsonl"), "--reward-model", str(byte_model)]
-    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert main([*arguments, "--limit", "9", "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert "6 of 6 rows used" in said and re.search(r"r3hf +AUROC 0\.\d\d", said)
+    assert "6 of 6 rows used, fewer than the limit of 9" in said and re.search(r"r3hf +AUROC 0\.\d\d", said)
     numbers = json.loads((tmp_path / "out/credit.json").read_text())
     methods = [row["method"] for row in numbers["rows"]]
     assert {"r3hf", "segment", "abc", "random", "earlier is better", "untrained reward model"} <= set(methods)

@@ -211,6 +211,14 @@ def test_a_restart_is_marked_at_its_step(page_of, tmp_path, make_run):
     assert data["charts"] and all(chart["events"] == [3] for chart in data["charts"])
 
 
+def test_events_that_are_left_out_are_counted(page_of, tmp_path):
+    with JsonlLog(tmp_path / "events.jsonl") as log:
+        for number in range(450):
+            log.write({"event": "warning" if number % 2 else "checkpoint", "step": number})
+    texts = page_of(tmp_path).texts
+    assert "All events (the last 400 of 450)" in texts and "Incidents (225)" in texts
+
+
 @pytest.mark.slow
 def test_a_long_run_with_long_responses_takes_less_than_10_seconds(page_of, tmp_path, token_rows):
     with JsonlLog(tmp_path / "metrics.jsonl") as log:

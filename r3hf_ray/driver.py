@@ -25,7 +25,7 @@ from r3hf_ray.actors.learner import LearnerSettings, learner_group
 from r3hf_ray.actors.shares import Snapshot
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.counts_and_warnings import arithmetic
-from r3hf_ray.errors import CoordinatorLost, RunFailed, sentence_of
+from r3hf_ray.errors import CoordinatorLost, RunFailed, Terminated, sentence_of
 from r3hf_ray.models.finished import require_finished
 from r3hf_ray.operations.lookout import Lookout
 from r3hf_ray.preflight import Plan, bundles, check, check_resources, shortage
@@ -39,12 +39,14 @@ from r3hf_ray.records.run_folder import PPO_MAY_CHANGE, check_run, open_run
 from r3hf_ray.records.samples import read_samples, sample_steps, write_samples
 from r3hf_ray.records.tensorboard import TensorBoardLog
 from r3hf_ray.records.wandb_run import WandbRun
-from r3hf_ray.session import driver_facts, job_ended, ray_session
+from r3hf_ray.session import driver_facts, job_ended, ray_session, seconds_to_end, sigterm_noted
 from r3hf_ray.weights.object_ref import WeightStore
 
 POLL_SECONDS = 0.25
 SHOWN = ("restart", "failure", "joined", "away", "recovered", "quarantined", "checkpoint", "warning")
 """Events that are told in the terminal too."""
+UNSAID = ("time", "log")
+"""Of an event, what only its record holds."""
 STOP_SECONDS = 10.0
 """How long a failed run waits for its learner ranks to leave by themselves. [s]"""
 
@@ -149,6 +151,7 @@ class _Follower:
         self._namespace = f"{config.run.name}-{os.urandom(4).hex()}"
         self._rows_seen = self._events_seen = 0
         self._latest: dict[str, float] = {}
+        self._end_by: float | None = None
         self._lookout = Lookout(folder, self._namespace)
         self._tables = set(sample_steps(folder))
         self.learner_runs = False
@@ -181,7 +184,7 @@ class _Follower:
         Raises:
             RunFailed: it could not get there; nothing of it is left running.
         """
-        with self._progress:
+        with self._progress, sigterm_noted() as asked:
             actors = self._start()
             try:
                 while actors.learner.is_alive():
@@ -190,11 +193,28 @@ class _Follower:
                     self._watch_start(actors)
                     self._watch_store(actors)
                     self._take(self._poll(actors))
+                    if asked():
+                        self._save_and_end(actors)
                 self._finish(actors)
             except RayError as error:
+                if asked():
+                    raise Terminated from error
                 raise CoordinatorLost(f"the coordinator or the weight store is gone: {sentence_of(error)}") from error
             finally:
                 self._stop(actors)
+
+    def _save_and_end(self, actors: _Actors) -> None:
+        """After SIGTERM: let the step under way end and be saved; raises `Terminated` where that cannot be."""
+        if self._end_by is None:
+            seconds, can_save = seconds_to_end(self._config.run.save_within), False
+            with suppress(RayError):
+                can_save = seconds > 0 and ray.get(actors.coordinator.stop.remote(), timeout=STOP_SECONDS)
+            if not can_save:
+                raise Terminated("at once: no step is under way that could be saved")
+            self._end_by = time.monotonic() + seconds
+            self._progress.note(f"asked to end: the step under way is finished and saved (at most {seconds:.0f} s)")
+        if time.monotonic() > self._end_by:
+            raise Terminated("the step under way was not saved in time (run.save_within)")
 
     def _start(self) -> _Actors:
         config, plan, space = self._config, self._plan, self._namespace
@@ -254,7 +274,7 @@ class _Follower:
         for event in self._lookout.told(snapshot.events):
             self._events.write(event)
             if event["event"] in SHOWN:
-                self._progress.note("  ".join(f"{key}: {value}" for key, value in event.items() if key != "time"))
+                self._progress.note("  ".join(f"{key}: {value}" for key, value in event.items() if key not in UNSAID))
         for ledger, loads in snapshot.ledgers:
             write_ledger(self._folder, ledger, loads)
         for row in snapshot.rows:
@@ -267,7 +287,8 @@ class _Follower:
         self._events_seen += len(snapshot.events)
         self._show(snapshot)
         self._log_samples()
-        places, said = self._lookout.look(int(self._latest.get(STEP, 0)), snapshot.doing)
+        self._held.note(snapshot.doing)
+        places, said = self._lookout.look(int(self._latest.get(STEP, 0)))
         for place in places:
             self._events.write(place)
         if said:
@@ -295,6 +316,8 @@ class _Follower:
         self._take(self._poll(actors))  # why the learner has failed is what the coordinator knows
         if error := actors.learner.error:
             raise RunFailed(f"the learner failed: {sentence_of(error)}") from error
+        if self._end_by is not None and self._latest.get(STEP, 0) < self._config.ppo.steps:
+            raise Terminated(f"step {self._latest.get(STEP, 0):.0f} is done and saved")
         waiting = actors.coordinator.finish.remote()
         while not ray.wait([waiting], timeout=POLL_SECONDS)[0]:
             self._take(self._poll(actors))

@@ -1,6 +1,7 @@
 """The Ray instance of a command: joined, or started for it and ended with it (floor 4)."""
 
 import json
+import logging
 import os
 import platform
 import signal
@@ -52,6 +53,7 @@ def ray_session(cpus: float | None, address: str | None = None) -> Iterator[None
         if address is not None:
             require_answer(address)
             options = {"address": address}
+            logging.getLogger("ray").setLevel(logging.ERROR)
             # A Ray that was started here has a token in the home folder; without this, Ray sends none.
             maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)

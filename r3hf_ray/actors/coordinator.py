@@ -1,9 +1,5 @@
 """The coordinator: one loop that moves refs from prompts to learner ranks, with a bound on staleness.
 
-    Prompt --generate--> Trajectory --score--> ScoredTrajectory --collate--> Batch --update--> weights v+1
-            RolloutActor             RewardActor                 learner rank        PPOLearner     |
-              ^----------------------------- load_weights(v+1) -------------------------------------+
-
 It holds refs, ids and lengths; it never touches a tensor and does not import torch.
 
 | who                | waits for                                 | is released by                                     |
@@ -26,6 +22,7 @@ import numpy as np
 from ray.exceptions import RayError
 
 from r3hf_ray.actors.dispatch import Dispatch, Tally
+from r3hf_ray.actors.ending import Ending
 from r3hf_ray.actors.fleet import Fleet, Member
 from r3hf_ray.actors.ledger import Ledger, StepLedger
 from r3hf_ray.actors.outcome import Outcome, Timeline
@@ -94,7 +91,7 @@ class Coordinator:
         self._calibrated, self._published = asyncio.Event(), asyncio.Event()
         self._slots = asyncio.Semaphore(0)
         self._first_version = 0
-        self._lost_at, self._losses, self._why_lost = -1, 0, ""
+        self._lost_at, self._losses, self._why_lost, self._ending = -1, 0, "", Ending()
 
     # ------------------------------------------------------------------ the learner's side
 
@@ -157,11 +154,13 @@ class Coordinator:
         await self._outcome.or_failure(self._calibrated.wait())
         return self._calibration
 
-    async def next_share(self, step: int, rank: int) -> RankShare:
-        """This rank's part of the batch of `step`, once every sample is scored or quarantined."""
+    async def next_share(self, step: int, rank: int) -> RankShare | None:
+        """This rank's part of the batch of `step`, once all samples are scored or quarantined; None: save and leave."""
         if rank == 0:
             self._timeline.now("learner", f"waiting for the batch of step {step + 1}")
-        await self._outcome.or_failure(self._step(step).full.wait())
+        await self._outcome.or_failure(self._ending.or_full(self._step(step).full))
+        if not self._ending.gives(step):
+            return None
         if rank == 0:
             self._timeline.now("learner", f"training on step {step + 1}")
         return self._step(step).share(self._config, step, rank)
@@ -217,6 +216,10 @@ class Coordinator:
         """(prompt_id, sample) of what is not yet trained on, by step: for a checkpoint."""
         return self._ledger.pending()
 
+    async def stop(self) -> bool:
+        """Let the learner save and leave after the step under way; False: no step was done."""
+        return self._ending.ask()
+
     async def finish(self) -> None:
         """Wait for what is still under way after the last step: the last load and the last evaluation."""
         self._timeline.now("learner", "finished")
@@ -256,8 +259,6 @@ class Coordinator:
         batch.full.set()
         self._timeline.now("rollout", f"waiting for weights version {step + 1 - self._config.rollout.max_lag}")
         self._timeline.now("reward", "idle")
-
-    # ------------------------------------------------------------------ calibration and evaluation
 
     async def _calibrate(self) -> None:
         await self._outcome.or_failure(self._published.wait())
@@ -329,6 +330,7 @@ class Coordinator:
         self._ledger.drop()
         self._trained = {}
         self._first_version = step
+        self._ending.begin(step)
         self._slots = asyncio.Semaphore(0)
         self._steps, self._confirmed, self._unconfirmed, self._tasks = {}, {}, {}, set()
         self._published, self._calibrated = asyncio.Event(), asyncio.Event()

@@ -134,7 +134,7 @@ def read_output(logs: str, pid: int, last: int | None = LAST_LINES) -> list[str]
     lines = []
     for path in sorted(Path(logs).glob(f"worker-*-{pid}.*")):
         own = path.read_text(errors="replace").splitlines()
-        lines += [line for line in own if not line.startswith(":actor_name:")][-(last or len(own)) :]
+        lines += [line for line in own if not line.startswith((":actor_name:", ":job_id:"))][-(last or len(own)) :]
     return lines
 
 

@@ -42,20 +42,15 @@ class Lookout:
             told.append(dict(event) | more)
         return told
 
-    def look(self, step: int, doing: Mapping[str, str]) -> tuple[list[dict[str, Any]], str]:
-        """Events of actors that came, and what to say of a run that is slow: nothing where it is not.
-
-        Args:
-            step: steps done.
-            doing: what each stage does.
-        """
+    def look(self, step: int) -> tuple[list[dict[str, Any]], str]:
+        """Events of actors that came, and what to say of a run that is slow after so many steps: mostly nothing."""
         if time.monotonic() < self._next:
             return [], ""
         self._next = time.monotonic() + LOOK_SECONDS
         came = [{"event": "placed", **asdict(place)} for place in self._places.new()]
         if not self._slow.is_due(step, usual_seconds(self._folder)):
             return came, ""
-        live = ask(self._namespace, ray.get_runtime_context().get_job_id(), doing)
+        live = ask(self._namespace, ray.get_runtime_context().get_job_id())
         return came, paragraph(standing(self._folder, live=live))
 
 

@@ -21,13 +21,15 @@ def paragraph(run: Standing) -> str:
         runs/hh: step 12 of 60, 3.1 s a step; running
         driver   host gpu-1, pid 4711, Ray job hh, last heartbeat 2 s ago
         learner  waiting for the batch of step 13 (12 s)
-        rollout  1 of 2 serve, 32 responses under way, oldest 12 s
+        rollouts 1 of 2 serve, 32 responses under way, oldest 12 s
     """
     lines = [_headline(run)]
     if run.lease:
         lines.append(_row("driver", run.lease.who))
     if run.unreachable:
         lines.append(_row("", f"its coordinator was not asked: {run.unreachable}"))
+    doing = run.lease.doing if run.lease and run.lease.is_fresh else {}
+    lines += [_row(stage, words) for stage, words in doing.items()]
     if run.live:
         lines += _live(run, run.live)
     restarts = [event for event in run.events if event["event"] == "restart"]
@@ -67,12 +69,9 @@ def _state(run: Standing) -> str:
 
 
 def _live(run: Standing, live: Live) -> Iterator[str]:
-    for stage, words in live.doing.items():
-        if stage not in ("rollout", "reward"):
-            yield _row(stage, words)
     for kind in ("rollout", "reward"):
         members = [member for member in live.members if member.kind == kind]
-        yield _row(kind, _pool(members, live.doing.get(kind, "")))
+        yield _row(f"{kind}s", _pool(members))
         for member in sorted(members, key=_interest)[:SHOWN]:
             yield _row("", _member(member, run, live))
         if len(members) > SHOWN:
@@ -82,12 +81,12 @@ def _live(run: Standing, live: Live) -> Iterator[str]:
         yield _row("not placed", f"{', '.join(sorted(set(others)))}; free: {_amounts(live.free)}")
 
 
-def _pool(members: list[Any], words: str) -> str:
+def _pool(members: list[Any]) -> str:
     ready = [member for member in members if member.state.value in SERVES]
     held = sum(member.requests for member in members)
     oldest = max((member.age for member in members if member.requests), default=0.0)
     under_way = f", {held} responses under way, oldest {oldest:.0f} s" if held else ", nothing under way"
-    return f"{len(ready)} of {len(members)} serve{under_way}" + (f"; {words}" if words else "")
+    return f"{len(ready)} of {len(members)} serve{under_way}"
 
 
 def _interest(member: Any) -> tuple[bool, float]:

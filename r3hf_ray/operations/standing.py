@@ -29,11 +29,9 @@ TROUBLE = ("restart", "failure", "away", "quarantined", "failed")
 class Live:
     """What only the coordinator and Ray know.
 
-    Example: ``Live(doing={"learner": "training (2 s)"}, members=[], pending=["rollout 2"], free={"CPU": 1.0})``
+    Example: ``Live(members=[MemberInfo(name="rollout 0", ...)], pending=["rollout 2"], free={"CPU": 0.1})``
     """
 
-    doing: Mapping[str, str]
-    """Each stage's words."""
     members: Sequence[Any]
     """Rollout and reward actors, `actors.members.MemberInfo`."""
     pending: Sequence[str] = ()
@@ -100,25 +98,22 @@ def asked(rollout: RolloutSection, reward: RewardSection) -> dict[str, dict[str,
     return {kind: {"CPU": own.cpus_per_actor, "GPU": own.gpus_per_actor} for kind, own in kinds.items()}
 
 
-def ask(namespace: str, job: str, doing: Mapping[str, str] | None = None) -> Live | None:
+def ask(namespace: str, job: str) -> Live | None:
     """What the coordinator of a run says now; Ray must be initialised. None where it does not answer within seconds.
 
     Args:
         namespace: of the run.
         job: Ray's id of its driver's job.
-        doing: each stage's words, where they are known.
     """
     try:
         coordinator = ray.get_actor("coordinator", namespace)
-        if doing is None:
-            doing = ray.get(coordinator.doing.remote(), timeout=ANSWER_SECONDS)
         members = ray.get(coordinator.members.remote(), timeout=ANSWER_SECONDS)
     except (ValueError, RayError, AttributeError):
         return None
     waiting = state.actors(job_id=ray.JobID.from_hex(job), actor_state_name="PENDING_CREATION").values()
     free = {name: ray.available_resources().get(name, 0.0) for name in ("CPU", "GPU")}
     pending = sorted(actor["Name"] or actor["ActorClassName"] for actor in waiting)
-    return Live(doing=doing, members=members, pending=pending, free=free)
+    return Live(members=members, pending=pending, free=free)
 
 
 def is_gone(lease: Lease) -> bool:

@@ -19,9 +19,9 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ class Lease:
     namespace: str = ""
     """Of the run's named actors, once there are any."""
     attempt: int = 0
+    doing: Mapping[str, str] = field(default_factory=dict)
+    """What each stage does, in words."""
     started: float
     """[unix s]"""
     heartbeat: float
@@ -112,7 +114,7 @@ def read_lease(folder: Path) -> Lease | None:
     path = folder / LIVE
     try:
         table = json.loads(path.read_text())
-        known = {field.name for field in fields(Lease)}
+        known = {one.name for one in fields(Lease)}
         return Lease(**{name: value for name, value in table.items() if name in known})
     except FileNotFoundError:
         return None
@@ -141,6 +143,11 @@ class Held:
         with self._lock:
             self._lease = replace(self._lease, **facts)
             self._write()
+
+    def note(self, doing: Mapping[str, str]) -> None:
+        """What each stage does now: goes out with the next heartbeat."""
+        with self._lock:
+            self._lease = replace(self._lease, doing=doing)
 
     def check(self) -> None:
         """See that no other driver has taken the folder over, after this one stood still for a while.

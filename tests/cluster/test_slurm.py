@@ -43,17 +43,20 @@ STAND_INS = {
     "sleep": 'case "$1" in 300) exec /bin/sleep 300 ;; *) exec /bin/sleep 0.1 ;; esac',
 }
 R3HF = f"""#!{sys.executable}
-import json, os, pathlib, sys, time
+import json, os, pathlib, signal, sys, time
+def stop(number, frame):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGTERM, stop)
 pathlib.Path("r3hf.json").write_text(json.dumps({{"argv": sys.argv[1:], "address": os.environ["RAY_ADDRESS"]}}))
 try:
     while not (end := pathlib.Path("end-with")).exists():
         time.sleep(0.05)
     sys.exit(int(end.read_text()))
 except KeyboardInterrupt:
-    pathlib.Path("interrupted").touch()
-    sys.exit(0 if pathlib.Path("last-step").exists() else 130)
+    pathlib.Path("saved").touch()
+    sys.exit(0 if pathlib.Path("last-step").exists() else 143)
 """
-"""Like the real one as far as the script goes: Ctrl-C ends it with 130; it writes down what it was started with."""
+"""Like the real one as far as the script goes: SIGTERM lets it save, and ends it with 143; it notes how it began."""
 FAKE_RAY = """
 from pathlib import Path
 def init(**options): pass
@@ -185,7 +188,7 @@ def test_before_the_time_limit_it_stops_and_queues_itself_again(tmp_path: Path) 
         job.process.send_signal(signal.SIGUSR1)
         code, output = job.end()
         assert code == 0 and "time limit" in output
-        assert (tmp_path / "interrupted").exists(), "the driver closes its records, as on Ctrl-C"
+        assert (tmp_path / "saved").exists(), "the driver saves and closes its records"
         assert job.left_over() == []
         assert "requeue 7" in job.log("scontrol.log").splitlines()
 
@@ -196,7 +199,7 @@ def test_a_run_that_finishes_within_the_last_minutes_is_not_queued_again(tmp_pat
         job.wait_for("r3hf.json")
         job.process.send_signal(signal.SIGUSR1)
         assert job.end()[0] == 0
-        assert (tmp_path / "interrupted").exists() and "requeue" not in job.log("scontrol.log")
+        assert (tmp_path / "saved").exists() and "requeue" not in job.log("scontrol.log")
 
 
 def test_a_preempted_job_stops_and_leaves_queueing_to_slurm(tmp_path: Path) -> None:
@@ -204,8 +207,8 @@ def test_a_preempted_job_stops_and_leaves_queueing_to_slurm(tmp_path: Path) -> N
         job.wait_for("r3hf.json")
         job.process.send_signal(signal.SIGTERM)
         code, output = job.end()
-        assert code == 130 and "preempted" in output
-        assert (tmp_path / "interrupted").exists()
+        assert code == 143 and "preempted" in output
+        assert (tmp_path / "saved").exists()
         assert job.left_over() == [] and "requeue" not in job.log("scontrol.log")
 
 

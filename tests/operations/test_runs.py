@@ -12,6 +12,7 @@ import ray
 from r3hf_ray.cli import main
 from r3hf_ray.errors import ConfigError, RunFailed
 from r3hf_ray.operations.logs import Place, Places, place_of, read_output
+from r3hf_ray.operations.lookout import Lookout
 from r3hf_ray.operations.runs import output, scale, stacked, stop
 from r3hf_ray.records import lease as leases
 from r3hf_ray.records.jsonl import JsonlLog
@@ -131,3 +132,21 @@ def test_the_output_of_an_actor_that_died_is_read_from_its_node(tmp_path: Path) 
         assert "my last words" in places.last_lines(["speaker 0"])["speaker 0"]
         assert "my last words" in list(output(tmp_path, "speaker-0", follow=False))
     assert read_lease(tmp_path) is not None
+
+
+def test_a_lost_actors_event_has_its_last_words_and_a_ranks_has_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(actor="rank 0", node="f2", host="h", pid=7, logs="/logs")
+    monkeypatch.setattr(Places, "note", lambda self, actor, node, pid: place)
+    monkeypatch.setattr(Places, "last_lines", lambda self, actors: {actor: ["Boom"] for actor in actors})
+    lookout = Lookout(tmp_path, "space")
+    events = [
+        {"event": "placed", "actor": "rank 0", "node": "f2", "pid": 7},
+        {"event": "failure", "actor": "rollout 1", "reason": "it died"},
+        {"event": "warning", "reason": "slow"},
+    ]
+    placed, failure, warning = lookout.told(events)
+    assert placed["logs"] == "/logs" and placed["host"] == "h"
+    assert failure["log"] == ["Boom"]
+    assert warning == events[2]

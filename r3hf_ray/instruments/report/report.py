@@ -93,7 +93,7 @@ def _events_section(events: Events) -> list[PageSection]:
             [
                 duration(float(event.get(TIME, start)) - start),
                 str(event.get("event", "")),
-                ", ".join(f"{k} {v}" for k, v in event.items() if k not in (TIME, "event", "versions")),
+                ", ".join(f"{k} {v}" for k, v in event.items() if k not in (TIME, "event", "versions", "log")),
             ]
         )
         for event in events

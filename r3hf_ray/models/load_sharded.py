@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
 
 from r3hf_ray.models import attention as attending
@@ -50,6 +51,7 @@ def sharded_policy(
     ids, mask = _row(device)
     responds = mask & (ids > 0)
     _inside(
+        policy,
         model,
         lambda: load.check_policy(model, source, attention),
         lambda: policy(ids, mask, responds, temperature=1.0),
@@ -115,7 +117,7 @@ def sharded_critic(
             names = {name: dict(critic.head.named_parameters())[name.rpartition(".")[2]] for name in _head_state(model)}
             files.read({name: parameter.detach() for name, parameter in names.items()})
     ids, mask = _row(device)
-    _inside(model, check, lambda: critic(ids, mask))
+    _inside(critic, model, check, lambda: critic(ids, mask))
     return critic
 
 
@@ -189,7 +191,7 @@ def _row(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _inside(model: PreTrainedModel, check: Callable[[], None], forward: Callable[[], object]) -> None:
+def _inside(root: nn.Module, model: PreTrainedModel, check: Callable[[], None], forward: Callable[[], object]) -> None:
     """Check the model inside of a ``forward`` of its root, where sharded parameters are whole as they are needed."""
 
     def once(*_: Any) -> None:
@@ -198,3 +200,5 @@ def _inside(model: PreTrainedModel, check: Callable[[], None], forward: Callable
 
     hook = model.base_model.register_forward_pre_hook(once)
     forward()
+    if isinstance(root, FSDPModule):
+        root.reshard()  # a forward leaves the root whole, and an optimizer would take what is there for the parameters

@@ -53,7 +53,8 @@ def policy_both_ways(rank, source):
     if sliced is None:
         return None
     whole = load_policy(source, torch.float32)
-    parts = [x for x in sliced.parameters() if isinstance(x, DTensor)]
+    parts = list(sliced.parameters())
+    assert all(isinstance(x, DTensor) for x in parts), "an optimizer would take whole parameters for its own"
     shard_size = sum(x.to_local().numel() for x in parts)
     with torch.no_grad():
         said = sliced(*rows(), temperature=1.0).numpy()
@@ -136,6 +137,7 @@ def test_a_critic_is_the_same_bit_for_bit(tiny_models, tmp_path, run_ranks, kind
     def on_a_rank(rank):
         options = {"of_policy": kind == "policy", "attention": "auto"} | units
         critic = sharded_critic(source, sharding(make_mesh(2, "cpu")), CPU, **options)
+        assert all(isinstance(x, DTensor) for x in critic.parameters())
         with torch.no_grad():
             said = critic(*rows()[:2]).numpy()
         return state_of(critic), said, len(critic.trunk._forward_pre_hooks)

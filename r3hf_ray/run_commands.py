@@ -7,6 +7,7 @@ runs there, beside its folder.
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +15,9 @@ from rich.table import Table
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.flags import JobsFlags, LogsFlags, ScaleFlags, StatusFlags, StopFlags, SubmitFlags
 from r3hf_ray.settings import Command, command_of, load
+
+if TYPE_CHECKING:
+    from r3hf_ray.operations.jobs import Jobs
 
 WATCH_SECONDS = 5.0
 
@@ -127,14 +131,12 @@ def scale(options: ScaleFlags, console: Console) -> int:
 
 def stop(options: StopFlags, console: Console) -> int:
     """Save and end."""
-    from r3hf_ray.operations.jobs import Jobs
     from r3hf_ray.operations.runs import stop as stopped
 
     if folder := here(options.run):
         console.print(stopped(folder), markup=False)
         return 0
-    require_name(options.run)
-    server = Jobs(options.address)
+    server = server_of(options.run, options.address)
     server.stop(str(server.find(options.run).submission_id), shower(console))
     return 0
 
@@ -151,22 +153,25 @@ def here(run: str) -> Path | None:
 
 def there(command: str, run: str, address: str | None, words: list[str], console: Console) -> int:
     """Run the same command on the cluster that has the run, beside its folder."""
-    from r3hf_ray.operations.jobs import Jobs
-
-    require_name(run)
-    server = Jobs(address)
+    server = server_of(run, address)
     folder = (server.find(run).metadata or {})["r3hf_folder"]
     return server.relay(command, [folder, *words], Path.cwd(), shower(console))
 
 
-def require_name(run: str) -> None:
-    """See that a run that is not here may be one of a job server.
+def server_of(run: str, address: str | None) -> "Jobs":
+    """The job server that may know a run that is not here.
 
     Raises:
-        ConfigError: it is a path.
+        ConfigError: the run is a path, or no server answers.
     """
+    from r3hf_ray.operations.jobs import Jobs
+
     if "/" in run:
         raise ConfigError(f"{run}: no run (no config.toml in it); name a run's folder, as runs/NAME")
+    try:
+        return Jobs(address)
+    except ConfigError as error:
+        raise ConfigError(f"{run}: no run of this name below runs/, and as a submitted one: {error}") from None
 
 
 def shower(console: Console) -> Callable[[str], None]:

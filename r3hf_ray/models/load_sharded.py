@@ -5,6 +5,7 @@ loaders ask of a whole model is asked inside a sharded forward. Files that trans
 left to `load` and `values`, which give the same bits by way of the whole model.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def sharded_policy(
         ModelError: as `load.load_policy`.
     """
     model = _without_memory(AutoModelForCausalLM, source, "policy", attention)
-    files = _Files(source)
+    files = Files(source)
     if not files.hold(local_state(model)) or any(name.startswith(load.CLASSIFIER_HEADS) for name in files.shapes):
         return None
     policy = Policy(model, chunk=chunk).eval()
@@ -93,7 +94,7 @@ def sharded_critic(
         load.require_one_label(source)
         model = _without_memory(AutoModelForSequenceClassification, source, "reward model", attention)
         head = load.score_head(model)
-    trunk, files = model.base_model, _Files(source)
+    trunk, files = model.base_model, Files(source)
     if trunk is model or not files.hold(_trunk_state(model)) or not (head is None or files.hold(_head_state(model))):
         return None
     with torch.device("meta"):
@@ -121,16 +122,22 @@ def sharded_critic(
     return critic
 
 
-class _Files:
+class Files:
     """The safetensors of a model folder, or of a hub's, fetched once a node."""
 
     def __init__(self, source: str) -> None:
+        """``source``: folder or hub name."""
         folder = Path(source)
         if not folder.is_dir():
             folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
         self._folder = str(folder)
         known = dcp.HuggingFaceStorageReader(self._folder).read_metadata().state_dict_metadata
         self.shapes = {name: tuple(one.size) for name, one in known.items() if isinstance(one, TensorStorageMetadata)}
+
+    @property
+    def parameters(self) -> int:
+        """How many there are in all."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     def hold(self, state: Mapping[str, Tensor]) -> bool:
         """Whether every tensor is there, under its own name and in its shape."""

@@ -12,6 +12,7 @@ from r3hf_ray.algorithms.advantages import gae
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import CheckpointError, DivergenceError, TelescopingError
 from r3hf_ray.models.sharding import full_parameters, make_mesh
+from r3hf_ray.training import trained_models
 from r3hf_ray.training.divergence import replay_capsule
 from r3hf_ray.training.experience import RewardScale
 from r3hf_ray.training.ppo import PPOLearner
@@ -509,3 +510,12 @@ def test_a_kl_that_is_not_measured_is_not_logged(tiny_models):
         reward={"mode": "segment", "segment_by": "entropy"},
     )
     assert priced.has_reference and asked.has_reference
+
+
+def test_ranks_that_read_their_own_slices_give_the_same_step(tiny_models, alone, run_ranks):
+    def on_a_rank(rank):
+        trained_models.WHOLE_BELOW = 0
+        return two_updates(tiny_models, rank, 2, learner={"shard_blocks": "always"})
+
+    for result in run_ranks(on_a_rank):
+        assert_same(result, alone)

@@ -14,6 +14,10 @@ from r3hf_ray.methods import METHODS
 from r3hf_ray.models.chat import pooling_suffix
 from r3hf_ray.models.folder import ModelFolder, absolute, check_same_vocabulary, knows_ids, load_tokenizer, read_config
 from r3hf_ray.models.load import require_score_head
+from r3hf_ray.planning.placement import Cluster
+from r3hf_ray.planning.plan import make_plan
+from r3hf_ray.planning.processes import GIB
+from r3hf_ray.planning.transfers import Links
 from r3hf_ray.scoring.method_inputs import sentence_end_ids
 from r3hf_ray.scoring.reward_prompts import measure_fit, translation_of
 from r3hf_ray.scoring.scorer import RewardModel, ScoringSettings, load_gold
@@ -25,6 +29,8 @@ from r3hf_ray.types import MAIN
 from r3hf_ray.user_functions import user_function
 from r3hf_ray.weights.media import check_medium, medium_of
 
+SURE = 0.2
+"""Plans were within 5% of torch's tracker and within a fifth of a process; only what is beyond that is refused."""
 MARGIN = 1e-6
 """Slack for sums of fractional CPUs."""
 
@@ -147,6 +153,27 @@ def check_resources(config: PPOConfig, available: dict[str, float]) -> None:
         raise ConfigError(
             f"{missing}: lower cpus_per_actor, cpus_per_rank (gpus_per_actor, gpus_per_rank) or the counts"
         )
+
+
+def check_memory(config: PPOConfig, machine: Cluster) -> None:
+    """Refuse what this machine's memory cannot hold even if the plan were `SURE` too high.
+
+    Raises:
+        ConfigError: it names what is needed, of what, and what there is.
+    """
+    plan = make_plan(config, machine, Links.of_gbit(node=100.0, storage=10.0))
+    (node,) = plan.nodes
+    needed = {
+        "host memory": (node.on_host, machine.cpu_bytes),
+        "a GPU": (max(node.on_gpu, default=0), machine.gpu_bytes),
+    }
+    for what, (planned, there) in needed.items():
+        if planned * (1.0 - SURE) > there:
+            raise ConfigError(
+                f"the run needs about {planned / GIB:.1f} GiB of {what} and this machine has {there / GIB:.1f} GiB, "
+                f"too little even if that is {SURE:.0%} too high: `r3hf plan` says for what, and what would have to "
+                "change"
+            )
 
 
 def bundles(config: PPOConfig) -> list[dict[str, float]]:

@@ -16,11 +16,16 @@ from transformers import PreTrainedTokenizerFast
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import ConfigError
 from r3hf_ray.models.chat_format import FORMAT_FILE
-from r3hf_ray.preflight import check, check_resources, probe_sequence
+from r3hf_ray.planning.placement import cluster_of
+from r3hf_ray.planning.plan import make_plan
+from r3hf_ray.planning.processes import GIB
+from r3hf_ray.planning.transfers import Links
+from r3hf_ray.preflight import check, check_memory, check_resources, probe_sequence
 from r3hf_ray.scoring.translation import prompt_key
 from r3hf_ray.types import COST, MAIN
 
 EOS = 2
+LINKS = Links.of_gbit(node=100.0, storage=10.0)
 
 
 @pytest.fixture
@@ -312,3 +317,20 @@ def test_a_policy_that_opens_a_thought_or_classifies_is_refused(
         models = {"policy": str(cases / name), "reward_model": str(cases / "ok_rm")}
         with pytest.raises(ConfigError, match=said):
             check(configure(model=models))
+
+
+def test_what_this_machine_can_never_hold_is_refused(configure: Callable[..., PPOConfig]) -> None:
+    config = configure(rollout={"kv_cache_gb": 4, "max_response_tokens": 12})
+    check_memory(config, cluster_of(nodes=1, gpus=0, cpu_gib=64.0))
+    with pytest.raises(
+        ConfigError, match=r"needs about \d+\.\d GiB of host memory .* has 2\.0 GiB.*20% too high.*r3hf plan"
+    ):
+        check_memory(config, cluster_of(nodes=1, gpus=0, cpu_gib=2.0))
+    near = max(node.on_host for node in make_plan(config, cluster_of(nodes=1, gpus=0), LINKS).nodes) / GIB
+    check_memory(config, cluster_of(nodes=1, gpus=0, cpu_gib=0.85 * near))  # a plan may be that much too high
+
+
+def test_a_gpu_that_is_too_small_is_refused(configure: Callable[..., PPOConfig]) -> None:
+    config = configure(learner={"gpus_per_rank": 1.0, "ranks": 1})
+    with pytest.raises(ConfigError, match=r"GiB of a GPU and this machine has 0\.5 GiB"):
+        check_memory(config, cluster_of(nodes=1, gpus=1, gpu_gib=0.5, cpu_gib=64.0))

@@ -34,7 +34,12 @@ class Cluster:
 
 
 def cluster_of(
-    *, nodes: int, gpus: int | None, gpu_gib: float | None, cpus: float | None, cpu_gib: float | None
+    *,
+    nodes: int,
+    gpus: int | None = None,
+    gpu_gib: float | None = None,
+    cpus: float | None = None,
+    cpu_gib: float | None = None,
 ) -> Cluster:
     """The cluster that was described; what was left out is as on this machine."""
     here = torch.cuda.device_count()

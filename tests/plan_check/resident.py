@@ -75,7 +75,9 @@ def anonymous() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
 
-def rank_main(rank: int, folder: Path, ranks: int, meeting: str, peaks: "multiprocessing.Queue[tuple[int, int, float]]") -> None:
+def rank_main(
+    rank: int, folder: Path, ranks: int, meeting: str, peaks: "multiprocessing.Queue[tuple[int, int, float]]"
+) -> None:
     """A step of one rank."""
     torch.set_num_threads(1)
     config = job(folder, ranks)
@@ -121,7 +123,8 @@ def main(words: list[str]) -> int:
     console = Console(soft_wrap=True, highlight=False)
     console.print(
         f"{folder.name}, {ranks} rank(s): planned {parts.total() / 2**30:.2f} GiB ({moment}), measured "
-        f"{measured / 2**30:.2f} GiB: {difference:+.1%}; {seconds:.0f} s; after loading {max(one[1] for one in found)/2**30:.2f} GiB"
+        f"{measured / 2**30:.2f} GiB: {difference:+.1%}; {seconds:.0f} s; after loading "
+        f"{max(one[1] for one in found) / 2**30:.2f} GiB"
     )
     console.print("  " + ", ".join(f"{key} {size / 2**30:.2f}" for key, size in parts.items()))
     return int(not math.isfinite(difference) or abs(difference) > ALLOWED)

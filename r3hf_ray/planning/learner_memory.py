@@ -79,7 +79,7 @@ def largest(moments_of: dict[str, Counter[str]]) -> tuple[str, Counter[str]]:
 
 
 def _shard(config: PPOConfig, name: str, shape: ModelShape) -> int:
-    return math.ceil(parameters_of(name, shape) / config.learner.ranks)
+    return math.ceil(parameters_of(name, shape) * config.learner.replicas / config.learner.ranks)
 
 
 def _in_blocks(config: PPOConfig, name: str, shape: ModelShape) -> bool:

@@ -101,8 +101,8 @@ def shapes_of(config: PPOConfig) -> tuple[Shapes, list[str]]:
     if config.has_critic:
         start = config.critic.source or config.model.reward_model
         critic = policy if config.critic_init == "sft" else shape(start, "critic", scores=True)
-    reference = config.model.reference
-    frozen = policy if reference is None else shape(reference, "reference", scores=False)
+    source = config.model.reference or config.model.policy
+    frozen = shape(source, "reference", scores=False) if config.has_reference else None
     return Shapes(policy=policy, critic=critic, reference=frozen, rewards=rewards), notes
 
 

@@ -31,7 +31,8 @@ class Shapes:
 
     policy: ModelShape
     critic: ModelShape | None
-    reference: ModelShape
+    reference: ModelShape | None
+    """None where nothing uses it."""
     rewards: dict[str, ModelShape]
 
 
@@ -99,19 +100,18 @@ def tensor_parallel(config: PPOConfig) -> int:
 def _learner(config: PPOConfig, shapes: Shapes) -> Process:
     learner, policy = config.learner, shapes.policy
     device = moments(config, policy, shapes.critic)
-    shard = checkpoint_bytes(config, shapes) // learner.ranks
+    shard = checkpoint_bytes(config, shapes) * learner.replicas // learner.ranks
     gathered = MASTER * policy.vocabulary * policy.hidden + 2 * config.weights.bucket_mb * 2**20
     host = Counter({"libraries": LIBRARIES["learner"] * 2**20})
     if learner.gpus_per_rank:
         device = {name: parts + Counter({"context": CONTEXT}) for name, parts in device.items()}
-        host += Counter({"checkpoint": 2 * shard})
+        host += Counter({"checkpoint": shard})
     else:
         held = Counter(
             {name: size for name, size in device["evaluate"].items() if name.startswith(("policy", "critic"))}
         )
         device |= {
             "publish": held + Counter({"buckets": gathered}),
-            "checkpoint": held + Counter({"checkpoint": shard}),
         }
     return Process(
         name="learner",
@@ -156,11 +156,12 @@ def _sampler(config: PPOConfig, policy: ModelShape, gpu_bytes: int) -> Process:
 def _reward(config: PPOConfig, shapes: Shapes) -> Process:
     reward, dtype = config.reward, DTYPES[config.reward.dtype]
     batch = Microbatch.of(config, budget=reward.microbatch_tokens, rows=config.responses_per_step)
-    models = [*shapes.rewards.values(), shapes.reference]
+    frozen = [] if shapes.reference is None else [shapes.reference]
+    models = [*shapes.rewards.values(), *frozen]
     parts = Counter({f"{name} weights": shape.parameters * dtype.itemsize for name, shape in shapes.rewards.items()})
-    parts["reference weights"] = shapes.reference.parameters * dtype.itemsize
+    parts["reference weights"] = sum(shape.parameters * dtype.itemsize for shape in frozen)
     parts["activations"] = max(shape.activations(batch.rows, batch.length, dtype).forward for shape in models)
-    parts["logits"] = logit_bytes(config, batch, shapes.reference)
+    parts["logits"] = sum(logit_bytes(config, batch, shape) for shape in frozen)
     loading = max(shape.parameters * dtype.itemsize for shape in models)
     if reward.gpus_per_actor:
         parts["context"] = CONTEXT

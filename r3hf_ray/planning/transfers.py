@@ -4,7 +4,6 @@ from collections import Counter
 from dataclasses import dataclass
 
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.planning.learner_memory import MASTER
 from r3hf_ray.planning.placement import Node
 from r3hf_ray.planning.processes import Shapes, checkpoint_bytes, published_bytes
 
@@ -39,13 +38,13 @@ class Transfer:
 
 
 def weight_sync(config: PPOConfig, shapes: Shapes, nodes: list[Node], links: Links) -> Transfer:
-    """Gathered in float32 by rank 0, copied into the object store, read by every node that has samplers."""
+    """Gathered by rank 0, copied into the object store, read by every node that has samplers."""
     size = published_bytes(config, shapes.policy)
     ranks = Counter(node for node, held in enumerate(nodes) for _ in range(held.holds["learner"]))
     away = 1.0 - ranks[0] / max(1, ranks.total()) if ranks[0] else 0.0
     readers = sum(1 for node in nodes[1:] if node.holds["sampler"])
     seconds = {
-        "gather between nodes": away * MASTER * shapes.policy.parameters / links.node,
+        "gather between nodes": away * size / links.node,
         "copy into the object store": size / COPY,
         "to samplers on other nodes": readers * size / links.node,
     }

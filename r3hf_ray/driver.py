@@ -28,7 +28,6 @@ from r3hf_ray.counts_and_warnings import arithmetic
 from r3hf_ray.errors import CoordinatorLost, RunFailed, Terminated, sentence_of
 from r3hf_ray.models.finished import require_finished
 from r3hf_ray.operations.lookout import Lookout
-from r3hf_ray.planning.placement import cluster_of
 from r3hf_ray.preflight import Plan, bundles, check, check_memory, check_resources, shortage
 from r3hf_ray.records.jsonl import JsonlLog
 from r3hf_ray.records.lease import Held, hold, new_lease
@@ -75,7 +74,7 @@ def run_ppo(config: PPOConfig, *, resume: bool, console: Console) -> RunResult:
     if config.run.cpus is not None and "RAY_ADDRESS" not in os.environ and not ray.is_initialized():
         check_resources(config, {"CPU": config.run.cpus, "GPU": torch.cuda.device_count()})
     if "RAY_ADDRESS" not in os.environ:
-        check_memory(config, cluster_of(nodes=1))
+        check_memory(config)
     folder = check_run(config, config.run, resume=resume, may_change=PPO_MAY_CHANGE)
     with ray_session(config.run.cpus):
         if "RAY_ADDRESS" not in os.environ:

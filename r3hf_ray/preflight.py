@@ -14,7 +14,7 @@ from r3hf_ray.methods import METHODS
 from r3hf_ray.models.chat import pooling_suffix
 from r3hf_ray.models.folder import ModelFolder, absolute, check_same_vocabulary, knows_ids, load_tokenizer, read_config
 from r3hf_ray.models.load import require_score_head
-from r3hf_ray.planning.placement import Cluster
+from r3hf_ray.planning.placement import Cluster, cluster_of
 from r3hf_ray.planning.plan import make_plan
 from r3hf_ray.planning.processes import GIB
 from r3hf_ray.planning.transfers import Links
@@ -155,12 +155,13 @@ def check_resources(config: PPOConfig, available: dict[str, float]) -> None:
         )
 
 
-def check_memory(config: PPOConfig, machine: Cluster) -> None:
-    """Refuse what this machine's memory cannot hold even if the plan were `SURE` too high.
+def check_memory(config: PPOConfig, machine: Cluster | None = None) -> None:
+    """Refuse what a machine's memory, this one's if none is given, cannot hold even if the plan is `SURE` too high.
 
     Raises:
         ConfigError: it names what is needed, of what, and what there is.
     """
+    machine = machine or cluster_of(nodes=1)
     plan = make_plan(config, machine, Links.of_gbit(node=100.0, storage=10.0))
     (node,) = plan.nodes
     needed = {

@@ -64,7 +64,7 @@ class PPOConfig(Command):
     @property
     def responses_per_step(self) -> int:
         """Responses of one PPO step."""
-        return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+        return self.rollout.responses_per_step
 
     @property
     def critic_init(self) -> Literal["sft", "reward_trunk", "reward_model"]:
@@ -112,10 +112,16 @@ class PPOConfig(Command):
                 rollout.top_k in (-1, 0),
                 "rollout.top_k must be -1 (off): otherwise the behaviour logprobs are not the policy's",
             ),
-            (
-                rollout.prompts_per_step % rollout.chunks == 0,
-                f"rollout.chunks_per_step ({rollout.chunks_per_step}) must divide rollout.prompts_per_step "
-                f"({rollout.prompts_per_step})",
+            *(
+                (
+                    least <= section.actors <= (section.max_actors or section.actors),
+                    f"{name}.actors = {section.actors} must lie between {least} ({name}.min_actors) and "
+                    f"{section.max_actors} ({name}.max_actors)",
+                )
+                for name, section, least in (
+                    ("rollout", rollout, rollout.min_actors),
+                    ("reward", self.reward, 1),
+                )
             ),
             (
                 responses >= ppo.minibatches * self.learner.ranks,

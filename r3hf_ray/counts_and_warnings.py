@@ -12,7 +12,6 @@ def arithmetic(config: PPOConfig, prompts: int | None) -> list[tuple[str, str]]:
     """The counts of a run, in words, printed before any actor starts; ``prompts`` is None where no data was read."""
     rollout, ppo, ranks = config.rollout, config.ppo, config.learner.ranks
     responses = config.responses_per_step
-    chunk = rollout.prompts_per_step // rollout.chunks * rollout.samples_per_prompt
     drawn = f"{rollout.prompts_per_step} a step: {rollout.prompts_per_step * ppo.steps} in {ppo.steps} steps"
     if prompts is not None:
         passes = ppo.steps * rollout.prompts_per_step / prompts
@@ -27,8 +26,8 @@ def arithmetic(config: PPOConfig, prompts: int | None) -> list[tuple[str, str]]:
         ),
         (
             "generation",
-            f"{rollout.actors} rollout actor(s), {rollout.chunks} chunks of {chunk} responses, "
-            f"at most {rollout.max_lag} version(s) behind",
+            f"{rollout.actors} rollout actor(s), {rollout.groups_per_step} groups of at most "
+            f"{min(rollout.group_size, responses)} responses, at most {rollout.max_lag} version(s) behind",
         ),
         ("scoring", f"{config.reward.actors} reward actor(s), mode {config.reward.mode}"),
         (
@@ -109,14 +108,14 @@ def not_as_asked(config: PPOConfig, *, heldout: int, window: int) -> list[str]:
 
 def _capped(config: PPOConfig, heldout: int, window: int) -> list[str]:
     rollout, tracking, ranks = config.rollout, config.tracking, config.learner.ranks
-    in_flight, share = rollout.chunks * (rollout.max_lag + 1), config.responses_per_step // ranks
+    groups, share = rollout.groups_per_step * (rollout.max_lag + 1), config.responses_per_step // ranks
     asked, probe = "prompts" in _given(config.evaluation), config.weights.probe_tokens
     found = [
         (
-            rollout.actors > in_flight,
-            f"rollout.actors = {rollout.actors}: {rollout.actors - in_flight} of them idle at any time, since only "
-            f"{in_flight} chunks are under way (rollout.chunks_per_step, here {rollout.chunks}, x (rollout.max_lag + "
-            "1)): more chunks, or more rollout.prompts_per_step for them",
+            rollout.actors > groups,
+            f"rollout.actors = {rollout.actors}: {rollout.actors - groups} of them idle at any time, since only "
+            f"{groups} groups are under way (of rollout.group_size, here {rollout.group_size}): a smaller one, or more "
+            "rollout.prompts_per_step",
         ),
         (
             asked and 0 < heldout < config.evaluation.prompts,

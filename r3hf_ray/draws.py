@@ -3,15 +3,11 @@
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
-from typing import TypeVar
 
 import numpy as np
 
 from r3hf_ray.sections.actors import RolloutSection
 from r3hf_ray.types import Request
-
-T = TypeVar("T")
 
 
 def seed_of(*parts: int | str) -> int:
@@ -51,10 +47,9 @@ def stream_requests(prompts: Sequence[np.ndarray], count: int, *, seed: int, str
     ]
 
 
-def split_evenly(items: Sequence[T], parts: int) -> list[list[T]]:
-    """Consecutive parts whose sizes differ by at most one."""
-    bounds = [len(items) * part // parts for part in range(parts + 1)]
-    return [list(items[a:b]) for a, b in pairwise(bounds)]
+def groups_of(requests: Sequence[Request], size: int) -> list[list[Request]]:
+    """Consecutive requests in groups of `size`, the last of what is left: fixed by what they are, not by arrival."""
+    return [list(requests[start : start + size]) for start in range(0, len(requests), size)]
 
 
 def length_blocks(lengths: Sequence[int], minibatches: int) -> list[list[int]]:

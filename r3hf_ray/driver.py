@@ -8,21 +8,22 @@ import os
 import platform
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from ray.autoscaler.sdk import request_resources
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 from rich.console import Console
 from rich.table import Table
 
 from r3hf_ray.actors.coordinator import Coordinator
-from r3hf_ray.actors.fleet import TrainGroup, named_actor, reward_actors, rollout_actors
 from r3hf_ray.actors.learner import LearnerSettings, learner_group
+from r3hf_ray.actors.makers import named_actor, reward_maker, rollout_maker
 from r3hf_ray.actors.shares import Snapshot
+from r3hf_ray.actors.train_group import TrainGroup
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.counts_and_warnings import arithmetic
 from r3hf_ray.errors import CoordinatorLost, RunFailed, Terminated, sentence_of
@@ -43,7 +44,21 @@ from r3hf_ray.session import driver_facts, job_ended, ray_session, seconds_to_en
 from r3hf_ray.weights.object_ref import WeightStore
 
 POLL_SECONDS = 0.25
-SHOWN = ("restart", "failure", "joined", "away", "recovered", "quarantined", "checkpoint", "warning")
+SHOWN = (
+    "restart",
+    "failure",
+    "joined",
+    "away",
+    "recovered",
+    "slow",
+    "draining",
+    "scaled",
+    "left",
+    "lost_samples",
+    "quarantined",
+    "checkpoint",
+    "warning",
+)
 """Events that are told in the terminal too."""
 UNSAID = ("time", "log")
 """Of an event, what only its record holds."""
@@ -130,16 +145,12 @@ def wait_for_nodes(config: PPOConfig, console: Console) -> None:
 
 @dataclass(slots=True)
 class _Actors:
-    """Handles of everything a run starts, the learner group apart."""
+    """Handles of what the driver starts; rollout and reward actors are the coordinator's, and end with it."""
 
     coordinator: Any
     store: Any
-    workers: dict[str, Any]
-    """Rollout and reward actors by name."""
     learner: TrainGroup
     store_answer: Any
-    starting: dict[Any, str] = field(default_factory=dict)
-    """Ref of a ping -> the actor's name, until it has answered."""
 
 
 class _Follower:
@@ -192,7 +203,6 @@ class _Follower:
                 while actors.learner.is_alive():
                     actors.learner.join(POLL_SECONDS)
                     self._held.check()
-                    self._watch_start(actors)
                     self._watch_store(actors)
                     self._take(self._poll(actors))
                     if asked():
@@ -221,13 +231,15 @@ class _Follower:
     def _start(self) -> _Actors:
         config, plan, space = self._config, self._plan, self._namespace
         self._held.update(namespace=space, attempt=self._attempt)
-        rollouts = rollout_actors(config.rollout, plan.engine, namespace=space)
-        rewards = reward_actors(plan.scoring, namespace=space, overlap=config.rollout.max_lag > 0)
+        makers = {
+            "rollout": rollout_maker(config.rollout, plan.engine, namespace=space),
+            "reward": reward_maker(plan.scoring, namespace=space, overlap=config.rollout.max_lag > 0),
+        }
         store = named_actor(WeightStore, "weight_store", namespace=space)
         token = f"{space}.{platform.node()}"
         (self._folder / token).touch()  # seen by a rank that shares the folder
         data = {"prompts": plan.prompts, "heldout": plan.heldout, "attempt": self._attempt}
-        coordinator = named_actor(Coordinator, "coordinator", config, rollouts, rewards, namespace=space, **data)
+        coordinator = named_actor(Coordinator, "coordinator", config, makers, namespace=space, **data)
         learner = learner_group(
             LearnerSettings(
                 config=config,
@@ -239,23 +251,7 @@ class _Follower:
             )
         )
         learner.start()
-        workers = rollouts | rewards
-        starting = {actor.ping.remote(): name for name, actor in workers.items()}
-        return _Actors(coordinator, store, workers, learner, store.ping.remote(), starting)
-
-    def _watch_start(self, actors: _Actors) -> None:
-        """Say what has not come up yet, and end the run if it never will."""
-        if not actors.starting:
-            return
-        ready, _ = ray.wait(list(actors.starting), num_returns=len(actors.starting), timeout=0)
-        for ref in ready:
-            name = actors.starting.pop(ref)
-            try:
-                ray.get(ref)
-            except RayActorError as error:
-                if error.actor_init_failed:
-                    raise RunFailed(f"{name} could not start: {sentence_of(error)}") from error
-                actors.starting[actors.workers[name].ping.remote()] = name  # its node is gone: Ray starts it elsewhere
+        return _Actors(coordinator, store, learner, store.ping.remote())
 
     def _watch_store(self, actors: _Actors) -> None:
         """Raise Ray's own error if the weight store is gone; a rank would find it out only when it publishes."""
@@ -265,10 +261,8 @@ class _Follower:
 
     def _poll(self, actors: _Actors) -> Snapshot:
         snapshot: Snapshot = ray.get(actors.coordinator.poll.remote(self._rows_seen, self._events_seen))
-        starting = {name: "starting: loading libraries and models" for name in actors.starting.values()}
         if "learner" not in snapshot.doing:
-            starting["learner"] = f"starting {self._config.learner.ranks} rank(s)"
-        snapshot.doing.update(starting)
+            snapshot.doing["learner"] = f"starting {self._config.learner.ranks} rank(s)"
         return snapshot
 
     def _take(self, snapshot: Snapshot) -> None:
@@ -335,7 +329,7 @@ class _Follower:
                 ray.get(actors.coordinator.fail.remote("the driver has stopped"), timeout=STOP_SECONDS)
             actors.learner.join(STOP_SECONDS)
         self.learner_runs = actors.learner.is_alive()
-        for actor in (*actors.workers.values(), actors.coordinator, actors.store):
+        for actor in (actors.coordinator, actors.store):
             ray.kill(actor)
 
     def _warn(self, text: str) -> None:

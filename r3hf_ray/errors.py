@@ -5,6 +5,7 @@
 """
 
 import re
+from types import TracebackType
 
 
 class ConfigError(ValueError):
@@ -45,6 +46,21 @@ class CheckpointError(RunFailed):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM: a cluster or `ray job stop` ends the command; as Ctrl-C, with exit code 143."""
+
+
+class Caught:
+    """Keeps whatever its block raises, for the places where anything may: ``with Caught() as caught: ...``."""
+
+    error: BaseException | None = None
+
+    def __enter__(self) -> "Caught":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self.error = error
+        return True
 
 
 def sentence_of(error: BaseException) -> str:

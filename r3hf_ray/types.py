@@ -151,12 +151,17 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChunkReport:
-    """What the coordinator may know of a generated or scored chunk: ids, lengths, scores, failures; never an array."""
+class GroupReport:
+    """What the coordinator may know of a generated or scored group: ids, lengths, scores, failures; never an array."""
 
     infos: list[TrajectoryInfo]
     failures: list[Failure]
     seconds: float
+    """Work since the report before this one: those of an actor sum to the time it worked."""
+    number: int = -1
+    """Of the generated `SampleGroup`."""
+    broken: str = ""
+    """What broke the engine while it held the group, whoever's fault it was; nothing of the group was made then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +179,24 @@ class Request:
     sample: int
     seed: int
     attempt: int = 0
-    """Dispatches before this one; it never enters a seed."""
+    """Attempts that have failed; it never enters a seed."""
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What it is known by in a run."""
+        return self.prompt_id, self.sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleGroup:
+    """The unit of work: requests that go to one sampler, are handed on when all have ended, and are scored together.
+
+    Example: ``SampleGroup(number=17, requests=[Request(...), Request(...)])``
+    """
+
+    number: int
+    """Of this dispatch; the same requests have another one when they go again."""
+    requests: list[Request]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,7 +84,7 @@ def refused(job: Job, arguments: list[str], capsys: pytest.CaptureFixture[str]) 
         (["--ppo.stepz", "3"], ["--ppo.stepz: no such field; did you mean --ppo.steps? (r3hf ppo"]),
         (["--ppo.steps", "many"], ["ppo.steps", "valid integer"]),
         (["--rollout.prompts_per_step", "0"], ["rollout.prompts_per_step", "greater than 0"]),
-        (["--rollout.chunks_per_step", "5"], ["rollout.chunks_per_step (5) must divide rollout.prompts_per_step (32)"]),
+        (["--rollout.max_actors", "1", "--rollout.actors", "2"], ["rollout.actors = 2 must lie between 1"]),
         (["--learner.ranks", "17"], ["ppo.minibatches (2) x learner.ranks (17) is more than the 32 responses"]),
         (["--rollout.top_p", "0.9"], ["rollout.top_p must be 1"]),
         (["--rollout.top_k", "50"], ["rollout.top_k must be -1 (off)"]),

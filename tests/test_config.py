@@ -158,7 +158,8 @@ def test_one_sentence_for_a_wrong_field(tmp_path: Path, text: str, sentence: str
     [
         (["--rollout.top_p", "0.9"], ["rollout.top_p must be 1"]),
         (["--rollout.top_k", "50"], ["rollout.top_k must be -1"]),
-        (["--rollout.chunks_per_step", "5"], ["rollout.chunks_per_step (5)", "rollout.prompts_per_step (32)"]),
+        (["--rollout.min_actors", "2"], ["rollout.actors = 1", "rollout.min_actors"]),
+        (["--reward.max_actors", "1"], ["reward.actors = 2", "reward.max_actors"]),
         (["--learner.ranks", "17"], ["ppo.minibatches (2)", "learner.ranks (17)", "32 responses"]),
         (["--ppo.advantage", "rloo"], ["ppo.advantage = rloo", "rollout.samples_per_prompt must be at least 2"]),
         (

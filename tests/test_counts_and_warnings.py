@@ -27,46 +27,26 @@ def test_the_counts_of_a_run_in_words() -> None:
         run={"name": "x"},
         model={"policy": "p", "reward_model": "r"},
         data={"source": "d"},
-        rollout={"prompts_per_step": 8, "samples_per_prompt": 2, "chunks_per_step": 4, "max_lag": 1},
+        rollout={"prompts_per_step": 8, "samples_per_prompt": 2, "group_size": 5, "max_lag": 1},
         ppo={"steps": 5, "epochs": 3, "minibatches": 4},
         learner={"ranks": 2},
     )
     words = dict(arithmetic(config, 20))
     assert words["prompts"] == "20 to train on, 8 a step: 2.00 passes in 5 steps"
     assert words["responses"] == "8 prompts x 2 = 16 a step, 80 in all"
-    assert "4 chunks of 4 responses, at most 1 version(s) behind" in words["generation"]
+    assert "4 groups of at most 5 responses, at most 1 version(s) behind" in words["generation"]
     assert words["learning"] == "2 rank(s) x 8 responses, 4 minibatches of 4"
     assert words["optimizer"] == "3 epochs x 4 minibatches = 12 optimizer steps a PPO step, 60 in all"
 
 
-@pytest.mark.parametrize(
-    ("rollout", "chunks"),
-    [
-        ({}, 2),
-        ({"actors": 2}, 2),
-        ({"actors": 8}, 8),
-        ({"actors": 3}, 4),
-        ({"actors": 8, "prompts_per_step": 5}, 5),
-        ({"prompts_per_step": 1}, 1),
-        ({"prompts_per_step": 7}, 7),
-        ({"actors": 8, "chunks_per_step": 2}, 2),
-    ],
-)
-def test_chunks_follow_the_actors_as_far_as_they_can_be_equal(rollout: dict[str, Any], chunks: int) -> None:
-    """8 samplers with 2 chunks left 6 idle in every step."""
-    config = configure(rollout={"prompts_per_step": 32, **rollout}, ppo={"minibatches": 1}, learner={"ranks": 1})
-    assert config.rollout.chunks == chunks
-
-
 def test_samplers_that_idle_are_named() -> None:
-    config = configure(rollout={"actors": 8, "chunks_per_step": 2})
-    (sentence,) = not_as_asked(config, heldout=300, window=512)
-    assert "rollout.actors = 8: 6 of them idle" in sentence
-    assert (
-        not_as_asked(configure(rollout={"actors": 8, "chunks_per_step": 4, "max_lag": 1}), heldout=300, window=512)
-        == []
-    )
-    assert not_as_asked(configure(rollout={"actors": 8}), heldout=300, window=512) == []
+    (sentence,) = not_as_asked(configure(rollout={"actors": 8, "prompts_per_step": 32}), heldout=300, window=512)
+    assert "rollout.actors = 8: 6 of them idle" in sentence and "rollout.group_size, here 16" in sentence
+    for enough in ({"group_size": 4}, {"group_size": 8, "max_lag": 1}, {"prompts_per_step": 128}):
+        assert (
+            not_as_asked(configure(rollout={"actors": 8, "prompts_per_step": 32, **enough}), heldout=300, window=512)
+            == []
+        )
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,16 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from r3hf_ray.draws import (
     deal_to_ranks,
+    groups_of,
     length_blocks,
     minibatch_of,
     seed_of,
-    split_evenly,
     step_requests,
     stream_row,
 )
@@ -71,12 +72,16 @@ def test_steps_continue_the_stream_over_epochs() -> None:
     assert {request.attempt for request in asked} == {0}
 
 
-@given(st.lists(st.integers()), st.integers(1, 9))
-def test_even_parts_are_consecutive_and_differ_by_one_at_most(items: list[int], parts: int) -> None:
-    split = split_evenly(items, parts)
-    assert len(split) == parts
-    assert [item for part in split for item in part] == items
-    assert max(map(len, split)) - min(map(len, split)) <= 1
+@pytest.mark.parametrize("count", [1, 7, 8, 9])
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_groups_are_consecutive_and_full_but_for_the_last(count: int, size: int) -> None:
+    rollout = RolloutSection(prompts_per_step=count, group_size=size)
+    requests = step_requests([np.zeros(1, np.int32)], rollout, seed=3, step=2)
+    groups = groups_of(requests, size)
+    assert [request for group in groups for request in group] == requests
+    assert [len(group) for group in groups[:-1]] == [size] * (len(groups) - 1)
+    assert 0 < len(groups[-1]) <= size
+    assert len(groups) == rollout.groups_per_step
 
 
 @given(LENGTHS, SMALL, SMALL)

@@ -11,8 +11,8 @@ import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from rich.console import Console
 
-from r3hf_ray.actors.fleet import TrainGroup
 from r3hf_ray.actors.shares import Snapshot
+from r3hf_ray.actors.train_group import TrainGroup
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.data.loading import Report
 from r3hf_ray.driver import _Actors, _Follower
@@ -96,7 +96,7 @@ def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
         learner = TrainGroup(fit)
         learner.start()
         learner.join(10.0)
-        actors = _Actors(coordinator, SimpleNamespace(ping=SimpleNamespace(remote=lambda: None)), {}, learner, None)
+        actors = _Actors(coordinator, SimpleNamespace(ping=SimpleNamespace(remote=lambda: None)), learner, None)
         monkeypatch.setattr(_Follower, "_start", lambda follower: actors)
         with (
             hold(tmp_path, new_lease()) as held,

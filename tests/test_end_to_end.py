@@ -227,8 +227,25 @@ def test_a_run_repeats_to_the_bit_and_a_resumed_one_goes_on(undisturbed: Run, wo
         assert prompts == wanted_prompts[: len(prompts)]
 
 
+def test_any_number_of_samplers_and_scorers_gives_the_same_bits(world: World) -> None:
+    """Groups are fixed by what they hold; who generates and scores them is not."""
+    found = []
+    for samplers, scorers in (("1", "2"), ("2", "2"), ("3", "1")):
+        fleet = ("--rollout.actors", samplers, "--reward.actors", scorers)
+        run = world.run(f"fleet-{samplers}-{scorers}", "--ppo.steps", "2", "--rollout.group_size", "2", *fleet)
+        assert run.code == 0, run.said
+        assert [row["fleet/reward_actors"] for row in run.rows] == [int(scorers)] * 2
+        apart = ("fleet/", "rollout/workers")
+        found.append(
+            [{k: v for k, v in numbers(row).items() if not k.startswith(apart)} for row in read_metrics(run.folder)]
+        )
+        names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+        assert not names & {"coordinator", "rollout 0", "reward 0"}, "a finished run leaves no actor"
+    assert found[0] == found[1] == found[2]
+
+
 def test_one_process_computes_what_the_system_computes(undisturbed: Run, job: Path) -> None:
-    config = load(PPOConfig, job, ["--run.name", "in-process", "--rollout.chunks_per_step", "1"])
+    config = load(PPOConfig, job, ["--run.name", "in-process"])
     ((_, outcome),) = screened([PlannedRun(arm="screened", seed=0, config=config)], processes=1)
     assert outcome["event"] == "finished", outcome
     rows = read_metrics(config.run.folder / config.run.name)

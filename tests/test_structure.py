@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "r3hf_ray"
 FILE_LINES = 350
 FUNCTION_LINES = 60
-CODE_LINES, CODE_LINES_OF_THE_SYSTEM = 14_700, 10_800
+CODE_LINES, CODE_LINES_OF_THE_SYSTEM = 15_430, 11_510
 """Of the whole package, and of it without `instruments/`: no blanks, comments or docstrings."""
 FORBIDDEN_CALLS = {
     "getattr": "name the attribute, or use a dict of name -> function (pkgutil.resolve_name for a user's own)",

@@ -4,12 +4,14 @@ It holds refs, ids and lengths; it never touches a tensor and does not import to
 
 | who                | waits for                                 | is released by                                     |
 |--------------------|-------------------------------------------|----------------------------------------------------|
-| the loop (`_run`)  | a slot, one for each chunk                | `publish`: the next weights are queued             |
-| a learner rank     | all samples of its step (`next_share`)    | the last chunk of the step, scored or quarantined  |
-| a rollout actor    | its mailbox, in the order of submission   | nobody else submits to it, so that order is a lock |
+| the loop (`_run`)  | a slot, one for each group                | `publish`: the next weights are queued             |
+| a learner rank     | all samples of its step (`next_share`)    | the last group of the step, scored or quarantined  |
+| a learner rank     | all ranks to have theirs (`agree`)        | the last rank, and what was lost is made again     |
+| a group            | a member with room (`members.Pool`)       | a group that ends, a member that comes             |
+| a rollout actor    | its queue, in the order of submission     | nobody else submits to it, so that order is a lock |
 
-Slots: ``(max_lag + 1) * rollout.chunks``. With max_lag = 0 the chunks of step k start only once version k is queued:
-synchronous PPO. With max_lag = L a sample is at most L versions behind the step that trains on it.
+Slots: ``(max_lag + 1) * rollout.groups_per_step``. With max_lag = 0 the groups of step k start once version k is
+queued: synchronous PPO. With max_lag = L a sample is at most L versions behind the step that trains on it.
 """
 
 import asyncio
@@ -21,24 +23,19 @@ from typing import Any
 import numpy as np
 from ray.exceptions import RayError
 
-from r3hf_ray.actors.dispatch import Dispatch, Tally
+from r3hf_ray.actors.dispatch import Dispatch, Job
 from r3hf_ray.actors.ending import Ending
-from r3hf_ray.actors.fleet import Fleet, Member
+from r3hf_ray.actors.fleet import QUEUED_GROUPS, Fleet, Maker
+from r3hf_ray.actors.judging import Judging
 from r3hf_ray.actors.ledger import Ledger, StepLedger
+from r3hf_ray.actors.members import MemberInfo, Pool
 from r3hf_ray.actors.outcome import Outcome, Timeline
-from r3hf_ray.actors.shares import (
-    FillingBatch,
-    MetricsRow,
-    RankShare,
-    Snapshot,
-    calibration_of,
-    evaluation_metrics,
-    unlike_units,
-)
+from r3hf_ray.actors.scaling import rescale
+from r3hf_ray.actors.shares import Agreement, FillingBatch, MetricsRow, RankShare, Snapshot
 from r3hf_ray.config import PPOConfig
-from r3hf_ray.draws import split_evenly, step_requests, stream_requests
+from r3hf_ray.draws import groups_of, step_requests
 from r3hf_ray.errors import RunFailed, sentence_of
-from r3hf_ray.types import Request, TrajectoryInfo
+from r3hf_ray.types import Request
 from r3hf_ray.weights.contract import Publication, TransferStep
 
 
@@ -48,38 +45,43 @@ class Coordinator:
     def __init__(
         self,
         config: PPOConfig,
-        rollouts: dict[str, Any],
-        rewards: dict[str, Any],
+        makers: dict[str, Maker],
         *,
         prompts: list[np.ndarray],
         heldout: list[np.ndarray],
         attempt: int = 0,
     ) -> None:
-        """Know the actors and the token ids of the prompts; nothing starts before a learner begins.
+        """Start the actors; nothing else begins before a learner does.
 
         Args:
             config: of the run.
-            rollouts: handles of the rollout actors, by a name for people.
-            rewards: handles of the reward actors, likewise.
+            makers: what starts an actor of a kind, `rollout` or `reward`, by the actor's name.
             prompts: token ids of the prompts to train on.
             heldout: token ids of the held-out prompts.
             attempt: number of the first learner group's attempt: 0, or more in a resumed run.
         """
-        self._config = config
-        self._prompts, self._heldout = prompts, heldout
+        self._config, self._prompts = config, prompts
+        rollout = config.rollout
         self._rows: list[MetricsRow] = []
         self._timeline = Timeline()
         self._outcome = Outcome(self._timeline)
         self._fleet = Fleet(
-            [Member(name, handle) for name, handle in rollouts.items()],
-            [Member(name, handle) for name, handle in rewards.items()],
-            max_gap=config.weights.max_logprob_gap or (1e-3 if config.rollout.dtype == "float32" else 0.1),
+            pools={
+                "rollout": Pool("rollout", rollout.room, fixed=rollout.dispatch == "fixed"),
+                "reward": Pool("reward", QUEUED_GROUPS, single=True),
+            },
+            makers=makers,
+            max_gap=config.weights.max_logprob_gap or (1e-3 if rollout.dtype == "float32" else 0.1),
             timeline=self._timeline,
             outcome=self._outcome,
             patience=config.run.patience,
+            deadlines={"rollout": rollout.deadline, "reward": config.reward.deadline},
         )
+        self._fleet.grow("rollout", rollout.actors)
+        self._fleet.grow("reward", config.reward.actors)
         self._ledger = Ledger()
-        self._dispatch = Dispatch(self._fleet, config.rollout.max_attempts, self._ledger)
+        self._dispatch = Dispatch(self._fleet, rollout.max_attempts, self._ledger)
+        self._judging = Judging(config, self._dispatch, self._timeline, self._outcome, prompts, heldout)
         self._closed: list[tuple[StepLedger, list[dict[str, Any]]]] = []
         self._trained: dict[int, list[tuple[int, int]]] = {}
         self._first_attempt, self._attempt = attempt, attempt - 1
@@ -112,25 +114,24 @@ class Coordinator:
         else:
             self._timeline.add("restart", step=step, attempt=self._attempt, reason=self._why_lost)
         self._timeline.now("learner", f"started at step {step}")
-        if not self._fleet.watches:
-            await self._fleet.enlist()
+        self._fleet.watch()
+        await self._fleet.soon()
         self._spawn(self._run(step))
 
     async def publish(self, publication: Publication) -> None:
-        """Queue new weights at every sampler, then let the next chunks go.
+        """Queue new weights at every sampler, then let the next groups go.
 
         Only rank 0 calls it, so it never says that the run has failed: a rank that left alone would leave the others
         in a collective. All ranks hear of it in `next_share`.
         """
         version = publication.version
-        self._fleet.latest = publication
-        loads = [(member, self._fleet.load(member)) for member in self._fleet.rollouts if member.alive]
-        self._confirmed[version] = self._spawn(self._confirm(publication, loads))
+        self._confirmed[version] = self._spawn(self._fleet.confirmed(publication, self._fleet.publish(publication)))
+        self._published.set()
         self._steps = {step: batch for step, batch in self._steps.items() if step >= version}
-        if self._evaluation_due(version):
+        if self._judging.due(version):
             self._spawn(self._evaluate(version))
         lag = self._config.rollout.max_lag if version == self._first_version else 0
-        for _ in range(self._config.rollout.chunks * (lag + 1)):
+        for _ in range(self._config.rollout.groups_per_step * (lag + 1)):
             self._slots.release()
 
     async def transfer(self, step: TransferStep, payload: dict[str, Any] | None) -> None:
@@ -140,17 +141,14 @@ class Coordinator:
         def place(number: int) -> dict[str, Any] | None:
             return {**payload, "rank_offset": 1 + number} if step is TransferStep.INIT and payload else payload
 
-        rollouts = enumerate(self._fleet.rollouts)
+        rollouts = enumerate(self._fleet.rollouts.members)
         try:
             await asyncio.gather(*(member.handle.transfer.remote(step, place(number)) for number, member in rollouts))
         except RayError as error:
             self._outcome.fail(f"weight transfer failed at a sampler ({step.value}): {sentence_of(error)}")
 
     async def calibration(self) -> dict[str, tuple[float, float]]:
-        """(mean, std) of each model's sequence reward over samples of the policy as it was published first.
-
-        By name, the main model's as ``reward``; nothing without calibration samples.
-        """
+        """(mean, std) of each model's sequence reward over samples of the first policy, by name."""
         await self._outcome.or_failure(self._calibrated.wait())
         return self._calibration
 
@@ -165,9 +163,23 @@ class Coordinator:
             self._timeline.now("learner", f"training on step {step + 1}")
         return self._step(step).share(self._config, step, rank)
 
+    async def agree(self, step: int, rank: int, missing: list[tuple[int, int]]) -> RankShare | None:
+        """A rank says what of its share has not come; None once every rank has all of its own.
+
+        Else what was lost is made again, and every rank gets a new share: a sample that is made again may have another
+        length, and with it the whole batch another order. So no rank may go on with the share that it has.
+        """
+        batch = self._step(step)
+        (agreement := batch.agreement).hear(missing)
+        if agreement.answers == self._config.learner.ranks:
+            batch.agreement = Agreement()
+            self._spawn(self._settle(step, batch, agreement))
+        await self._outcome.or_failure(agreement.reached.wait())
+        return batch.share(self._config, step, rank) if agreement.missing else None
+
     async def report(self, step: int, metrics: MetricsRow) -> None:
         """Close the metrics row of `step` (PPO steps done) once its weights are confirmed at the samplers."""
-        row = {"train/global_step": step, "attempt": self._attempt, "time": time.time(), **metrics}
+        row = self._row(step) | metrics
         self._unconfirmed[step] = row
         loaded = await self._confirmed[step]
         if self._unconfirmed.pop(step, None) is row:
@@ -203,14 +215,27 @@ class Coordinator:
 
     async def poll(self, rows_seen: int, events_seen: int) -> Snapshot:
         """Everything since the last poll."""
+        self._fleet.watch()  # here too: an actor that cannot start is told before a learner has come
         ledgers, self._closed = self._closed, []
+        starting = dict.fromkeys(self._fleet.starting, "starting: loading libraries and models")
         return Snapshot(
             ledgers=ledgers,
             rows=self._rows[rows_seen:],
             events=self._timeline.events[events_seen:],
-            doing=self._timeline.doing(),
+            doing=self._timeline.doing() | starting,
             failed=self._outcome.sentence,
         )
+
+    async def members(self) -> list[MemberInfo]:
+        """Every rollout and reward actor, as it stands."""
+        return self._fleet.members()
+
+    async def scale(self, rollout: int | None = None, reward: int | None = None) -> str:
+        """Have so many actors from now on; why not, empty where it is done.
+
+        Newcomers load and prove the latest weights before they serve; those that leave finish what they hold.
+        """
+        return rescale(self._fleet, self._config, {"rollout": rollout, "reward": reward})
 
     async def pending(self) -> dict[int, list[tuple[int, int]]]:
         """(prompt_id, sample) of what is not yet trained on, by step: for a checkpoint."""
@@ -233,92 +258,71 @@ class Coordinator:
             await self._calibrate()
         else:
             self._calibrated.set()
-        rollout = self._config.rollout
         for step in range(first_step, self._config.ppo.steps):
-            requests = step_requests(self._prompts, rollout, seed=self._config.run.seed, step=step)
-            for number, chunk in enumerate(split_evenly(requests, rollout.chunks)):
+            for number, group in self._groups(step):
                 await self._slots.acquire()
-                self._spawn(self._fill(step, step * rollout.chunks + number, chunk))
+                self._spawn(self._fill(step, number, group))
+
+    def _groups(self, step: int) -> list[tuple[int, list[Request]]]:
+        """The groups of a step, each with its number in the run."""
+        rollout = self._config.rollout
+        requests = step_requests(self._prompts, rollout, seed=self._config.run.seed, step=step)
+        return list(enumerate(groups_of(requests, rollout.group_size), start=step * rollout.groups_per_step))
 
     async def _fill(self, step: int, number: int, requests: list[Request]) -> None:
-        """Generate and score one chunk, whatever it takes, and add it to the batch of its step."""
+        """Generate and score one group, whatever it takes, and add it to the batch of its step."""
         batch = self._step(step)
-        async for sample in self._dispatch.scored(batch.tally, number, requests, f"step {step + 1}", step + 1):
-            batch.samples.append(sample)
+        batch.samples.extend(await self._dispatch.scored(self._job(step, batch, number), requests))
         batch.resolved += len(requests)
         if batch.resolved < batch.expected:
             return
-        work = self._config.ppo.minibatches * self._config.learner.ranks  # fewer would leave a rank without any
-        if len(batch.samples) < (needed := max((batch.expected + 1) // 2, work)):
-            self._outcome.fail(
-                f"{batch.tally.quarantined} of {batch.expected} samples of step {step + 1} failed "
-                f"{self._config.rollout.max_attempts} times and {needed} are needed; {self._last_quarantine()}"
-            )
-        batch.samples.sort(key=lambda sample: (sample.info.prompt_id, sample.info.sample))
-        self._trained[step + 1] = [(sample.info.prompt_id, sample.info.sample) for sample in batch.samples]
+        self._complete(step, batch)
         batch.full.set()
         self._timeline.now("rollout", f"waiting for weights version {step + 1 - self._config.rollout.max_lag}")
         self._timeline.now("reward", "idle")
 
+    def _job(self, step: int, batch: FillingBatch, number: int) -> Job:
+        return Job(tally=batch.tally, number=number, label=f"step {step + 1}", step=step + 1)
+
+    def _complete(self, step: int, batch: FillingBatch) -> None:
+        """Nothing more comes for this batch: there must be enough to train on."""
+        work = self._config.ppo.minibatches * self._config.learner.ranks  # with fewer a rank would have none
+        if len(batch.samples) < (needed := max((batch.expected + 1) // 2, work)):
+            self._outcome.fail(
+                f"{batch.tally.quarantined} of {batch.expected} samples of step {step + 1} failed "
+                f"{self._config.rollout.max_attempts} times and {needed} are needed; {self._timeline.last_quarantine()}"
+            )
+        batch.settle()
+        self._trained[step + 1] = [(sample.info.prompt_id, sample.info.sample) for sample in batch.samples]
+
+    async def _settle(self, step: int, batch: FillingBatch, agreement: Agreement) -> None:
+        """All ranks have spoken: make again what was lost, group by group, with the seeds it had."""
+        if agreement.missing:
+            lost = [(number, [r for r in group if r.key in agreement.missing]) for number, group in self._groups(step)]
+            reason = f"{len(agreement.missing)} samples of step {step + 1} were lost with their host: made again"
+            self._timeline.add("lost_samples", step=step + 1, samples=len(agreement.missing), reason=reason)
+            kept = [s for s in batch.samples if (s.info.prompt_id, s.info.sample) not in agreement.missing]
+            jobs = [(self._job(step, batch, number), part) for number, part in lost if part]
+            made = await asyncio.gather(*(self._dispatch.scored(*job) for job in jobs))
+            batch.samples = kept + [sample for samples in made for sample in samples]
+            self._complete(step, batch)
+        agreement.reached.set()
+
+    # ------------------------------------------------------------------ calibration and evaluation
+
     async def _calibrate(self) -> None:
         await self._outcome.or_failure(self._published.wait())
-        count = self._config.reward.calibration_samples
-        infos = await self._judge("calibration", self._prompts, count, "calibration")
-        if len(infos) < 2:
-            self._outcome.fail(f"calibration scored fewer than 2 responses; {self._last_quarantine()}")
-        try:
-            self._calibration = calibration_of(infos, self._config)
-        except RunFailed as error:
-            self._outcome.fail(str(error))
-        for name, (mean, std) in self._calibration.items():
-            self._timeline.add("calibrated", model=name, mean=mean, std=std, responses=len(infos))
-        lender = self._config.reward.prefixes_from
-        if lender is not None and (sentence := unlike_units(self._calibration, lender)):
-            self._timeline.add("warning", step=0, reason=sentence)
+        self._calibration = await self._judging.calibrate()
         self._calibrated.set()
 
-    def _evaluation_due(self, version: int) -> bool:
-        settings = self._config.evaluation
-        if not settings.prompts or not self._heldout:
-            return False
-        return version in (0, self._config.ppo.steps) or bool(settings.every and version % settings.every == 0)
-
     async def _evaluate(self, version: int) -> None:
-        count = min(self._config.evaluation.prompts, len(self._heldout))
-        infos = await self._judge("heldout", self._heldout, count, f"evaluation of version {version}")
-        if infos:
-            row = {"train/global_step": version, "attempt": self._attempt, "time": time.time()}
-            self._rows.append(row | evaluation_metrics(infos))
+        if metrics := await self._judging.evaluate(version):
+            self._rows.append(self._row(version) | metrics)
 
-    async def _judge(self, stream: str, prompts: list[np.ndarray], count: int, label: str) -> list[TrajectoryInfo]:
-        """Generate and score outside the training stream; failures are retried and quarantined there too."""
-        requests, tally = stream_requests(prompts, count, seed=self._config.run.seed, stream=stream), Tally()
+    # ------------------------------------------------------------------ one step to the next
 
-        async def part(number: int, chunk: list[Request]) -> list[TrajectoryInfo]:
-            return [sample.info async for sample in self._dispatch.scored(tally, number, chunk, label)]
-
-        workers = max(len(self._fleet.rollouts), len(self._fleet.rewards))
-        chunks = split_evenly(requests, min(len(requests), workers))
-        parts = await asyncio.gather(*(part(number, chunk) for number, chunk in enumerate(chunks)))
-        return sorted((info for infos in parts for info in infos), key=lambda info: info.prompt_id)
-
-    # ------------------------------------------------------------------ weights
-
-    async def _confirm(self, publication: Publication, loads: list[tuple[Member, Any]]) -> MetricsRow:
-        """Every sampler must show that it runs what was published; otherwise the run ends."""
-        self._published.set()
-        proofs = [await self._fleet.proven(member, publication, ref) for member, ref in loads]
-        answers = [loaded for loaded in proofs if loaded]
-        proven = f"version {publication.version} proven at {len(answers)} of {len(self._fleet.rollouts)} samplers"
-        self._timeline.now("weights", proven)
-        return {
-            "sync/version": publication.version,
-            "sync/seconds": max((loaded.seconds for loaded in answers), default=0.0),
-            "sync/bytes": publication.num_bytes,
-            "sync/probe_gap": max((loaded.probe_gap for loaded in answers), default=0.0),
-            "sync/mismatch": 0,
-            "rollout/workers": len(answers),
-        }
+    def _row(self, step: int) -> MetricsRow:
+        return {"train/global_step": step, "attempt": self._attempt, "time": time.time()}
 
     def _close(self, step: int) -> None:
         """The step is taken and its weights are out: its ledger goes to the driver."""
@@ -338,10 +342,6 @@ class Coordinator:
 
     def _step(self, step: int) -> FillingBatch:
         return self._steps.setdefault(step, FillingBatch(expected=self._config.responses_per_step))
-
-    def _last_quarantine(self) -> str:
-        reasons = [event["reason"] for event in self._timeline.events if event["event"] == "quarantined"]
-        return f"the last reason: {reasons[-1]}" if reasons else "see events.jsonl"
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(self._outcome.guard(work))

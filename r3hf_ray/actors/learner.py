@@ -26,8 +26,8 @@ from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode, UserCallback
 
 from r3hf_ray.actors.environment import of_threads
-from r3hf_ray.actors.fleet import TrainGroup, train_group
-from r3hf_ray.actors.shares import RankShare
+from r3hf_ray.actors.shares import RankShare, fetch
+from r3hf_ray.actors.train_group import TrainGroup, train_group
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.errors import DivergenceError, ModelError, RunFailed, TelescopingError, sentence_of
 from r3hf_ray.models.sharding import barrier, make_mesh
@@ -206,11 +206,11 @@ class _Rank:
 
     def _step(self) -> bool:
         start = time.perf_counter()
-        share: RankShare | None = ray.get(self._coordinator.next_share.remote(self._learner.step, self._rank))
-        if share is None:
+        batch = self._batch()
+        if batch is None:
             self._save()
             return False
-        scored: list[ScoredTrajectory] = ray.get(share.refs)
+        share, scored = batch
         waited = time.perf_counter() - start
         metrics = self._learner.update(scored, minibatch_of=share.minibatch_of)
         published = self._publish()
@@ -229,6 +229,18 @@ class _Rank:
         if step == self._config.ppo.steps or (every and step % every == 0):
             self._save()
         return True
+
+    def _batch(self) -> tuple[RankShare, list[ScoredTrajectory]] | None:
+        """This rank's share and what is in it; where any rank lacks a sample, all get a new one. None: it stops."""
+        step, rank = self._learner.step, self._rank
+        share: RankShare | None = ray.get(self._coordinator.next_share.remote(step, rank))
+        while share is not None:
+            scored, missing = fetch(share, timeout=self._config.learner.fetch_timeout)
+            another: RankShare | None = ray.get(self._coordinator.agree.remote(step, rank, missing))
+            if another is None:
+                return share, scored
+            share = another
+        return None
 
     def _publish(self) -> float:
         """All ranks gather, rank 0 publishes. Returns seconds."""

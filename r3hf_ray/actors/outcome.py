@@ -18,6 +18,11 @@ class Timeline:
         """Record an event."""
         self.events.append({"time": time.time(), "event": kind, **fields})
 
+    def last_quarantine(self) -> str:
+        """Why a sample was given up last, as the end of a sentence."""
+        reasons = [event["reason"] for event in self.events if event["event"] == "quarantined"]
+        return f"the last reason: {reasons[-1]}" if reasons else "see events.jsonl"
+
     def now(self, name: str, text: str) -> None:
         """What ``name`` (`rollout`, `learner`) does from now on."""
         if self._doing.get(name, ("", 0.0))[0] != text:

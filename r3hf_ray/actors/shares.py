@@ -2,9 +2,13 @@
 
 import asyncio
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from r3hf_ray.actors.dispatch import ScoredRef, Tally
 from r3hf_ray.actors.ledger import StepLedger
@@ -44,9 +48,24 @@ class RankShare:
     responses: int
     """Responses of the step over all ranks."""
     golds: dict[tuple[int, int], float | None]
-    """(prompt_id, sample) -> gold score, where there is a judge."""
+    """(prompt_id, sample) -> gold score, where there is a judge; in the order of the refs."""
     metrics: MetricsRow
     """Scalars of the step that only the coordinator knows."""
+
+
+@dataclass(slots=True)
+class Agreement:
+    """What the ranks say of their shares: a batch is trained on once every rank has all of its own."""
+
+    answers: int = 0
+    missing: set[tuple[int, int]] = field(default_factory=set)
+    reached: asyncio.Event = field(default_factory=asyncio.Event)
+    """Every rank has said it, and what was missing is there again."""
+
+    def hear(self, missing: Iterable[tuple[int, int]]) -> None:
+        """One rank's word."""
+        self.answers += 1
+        self.missing |= set(missing)
 
 
 @dataclass(slots=True)
@@ -58,12 +77,23 @@ class FillingBatch:
     resolved: int = 0
     tally: Tally = field(default_factory=Tally)
     full: asyncio.Event = field(default_factory=asyncio.Event)
+    agreement: Agreement = field(default_factory=Agreement)
+    _shares: list[RankShare] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """No sample comes any more: sort them, so that nothing depends on who came first."""
+        self.samples.sort(key=lambda sample: (sample.info.prompt_id, sample.info.sample))
+        self._shares = []
 
     def share(self, config: PPOConfig, step: int, rank: int) -> RankShare:
-        """What rank `rank` trains on in step `step`, once the batch is full."""
+        """What rank `rank` trains on in step `step`, once the batch is full; worked out once for all ranks."""
+        if not self._shares:
+            self._shares = self._deal(config, step)
+        return self._shares[rank]
+
+    def _deal(self, config: PPOConfig, step: int) -> list[RankShare]:
         lengths = [sample.info.length for sample in self.samples]
         ppo = config.ppo
-        mine = deal_to_ranks(lengths, minibatches=ppo.minibatches, ranks=config.learner.ranks)[rank]
         plans = [
             minibatch_of(lengths, minibatches=ppo.minibatches, seed=config.run.seed, step=step, epoch=epoch)
             for epoch in range(ppo.epochs)
@@ -75,13 +105,35 @@ class FillingBatch:
             "time/rollout": self.tally.rollout_seconds,
             "time/reward": self.tally.reward_seconds,
         }
-        return RankShare(
-            refs=[self.samples[i].ref for i in mine],
-            minibatch_of=[[plan[i] for i in mine] for plan in plans],
-            responses=len(lengths),
-            golds={(info.prompt_id, info.sample): info.gold for info in (self.samples[i].info for i in mine)},
-            metrics=metrics | ({"reward/gold/mean": statistics.fmean(golds)} if golds else {}),
-        )
+        return [
+            RankShare(
+                refs=[self.samples[i].ref for i in mine],
+                minibatch_of=[[plan[i] for i in mine] for plan in plans],
+                responses=len(lengths),
+                golds={(info.prompt_id, info.sample): info.gold for info in (self.samples[i].info for i in mine)},
+                metrics=metrics | ({"reward/gold/mean": statistics.fmean(golds)} if golds else {}),
+            )
+            for mine in deal_to_ranks(lengths, minibatches=ppo.minibatches, ranks=config.learner.ranks)
+        ]
+
+
+def fetch(share: RankShare, *, timeout: float) -> tuple[list[Any], list[tuple[int, int]]]:
+    """The samples of a share, and the keys of those that are lost: none of them has come for `timeout` seconds.
+
+    Without a bound Ray waits minutes for an object whose host is gone.
+    """
+    found, waiting = dict[int, Any](), list(share.refs)
+    numbers = {ref: number for number, ref in enumerate(share.refs)}
+    while waiting:
+        ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=timeout)
+        if not ready:
+            break
+        for number, ref in ((numbers[ref], ref) for ref in ready):
+            with suppress(ObjectLostError, GetTimeoutError):
+                found[number] = ray.get(ref, timeout=timeout)
+    keys = list(share.golds)
+    missing = [keys[number] for number in range(len(keys)) if number not in found]
+    return [found[number] for number in sorted(found)], missing
 
 
 def calibration_of(infos: list[TrajectoryInfo], config: PPOConfig) -> dict[str, tuple[float, float]]:

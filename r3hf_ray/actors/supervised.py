@@ -15,7 +15,7 @@ import ray
 import torch
 import transformers
 
-from r3hf_ray.actors.fleet import train_group
+from r3hf_ray.actors.train_group import train_group
 from r3hf_ray.config import RewardConfig, SFTConfig
 from r3hf_ray.errors import RunFailed, sentence_of
 from r3hf_ray.models.folder import absolute

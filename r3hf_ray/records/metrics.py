@@ -88,6 +88,8 @@ METRICS: dict[str, Metric] = {
     "rollout/failed": Metric("samples", "Samples of the step that failed in every attempt; never trained on."),
     "rollout/retried": Metric("samples", "Samples of the step made again after a failed attempt."),
     "rollout/workers": Metric("actors", "Rollout actors alive."),
+    "fleet/rollout_actors": Metric("actors", "Rollout actors that get work."),
+    "fleet/reward_actors": Metric("actors", "Reward actors that get work."),
     "async/staleness/mean": Metric("steps", "Weights versions between sampling a response and learning from it: mean."),
     "async/staleness/max": Metric("steps", "The same, largest; bounded by rollout.max_lag."),
     "sync/version": Metric("version", "Weights version the samplers proved to have loaded."),

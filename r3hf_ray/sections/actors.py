@@ -7,6 +7,9 @@ from pydantic import Field
 
 from r3hf_ray.sections.fields import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
+SEQUENCES = 256
+"""Responses that an engine samples at once unless `rollout.engine_args` says otherwise."""
+
 
 class RolloutSection(Section):
     """Rollout actors: one vLLM engine each."""
@@ -17,9 +20,22 @@ class RolloutSection(Section):
     """Prompts drawn for one PPO step. [prompts]"""
     samples_per_prompt: Positive = 1
     """Responses to each prompt. A step trains on prompts_per_step * samples_per_prompt. [responses]"""
-    chunks_per_step: Positive | None = None
-    """A step's prompts are generated in this many equal chunks, so scoring overlaps with generation; left out: at least
-    2, and one for each rollout actor, as far as they can be equal. [chunks]"""
+    group_size: Positive = 16
+    """A step's responses, in order, are dealt in groups of this many: a group goes to one rollout actor and is scored
+    in one call when all of it has ended, so that a long response holds back no other group. [responses]"""
+    max_requests: Positive | None = None
+    """Responses an actor holds at once; further groups wait for whoever has room. Left out: as many as its engine
+    takes, `engine_args.max_num_seqs`. [responses]"""
+    dispatch: Literal["least_loaded", "fixed"] = "least_loaded"
+    """Who gets a group: the actor that holds the fewest responses, or `fixed`: group number mod actors, and one group
+    at a time in an engine, so that a rerun with the same actors is the same to the bit on any model."""
+    min_actors: Positive = 1
+    """Fewest rollout actors that `r3hf scale` may leave; a run waits for ever while so many can come back. [actors]"""
+    max_actors: Positive | None = None
+    """Most rollout actors that `r3hf scale` may ask for; left out: no limit. [actors]"""
+    deadline: PositiveFloat = 600.0
+    """How long a group may take before its actor is looked at: one that answers and gets on is called slow, any other
+    is started anew, and its groups go elsewhere. [s]"""
     max_response_tokens: Positive = 48
     """Longest response, EOS included. [tokens]"""
     temperature: PositiveFloat = 1.0
@@ -48,12 +64,19 @@ class RolloutSection(Section):
     """Further arguments of `vllm.LLM`, as they are."""
 
     @property
-    def chunks(self) -> int:
-        """Chunks of a step after `chunks_per_step` is resolved: each holds the same number of prompts."""
-        if self.chunks_per_step is not None:
-            return self.chunks_per_step
-        wished = min(max(2, self.actors), self.prompts_per_step)
-        return next(n for n in range(wished, self.prompts_per_step + 1) if self.prompts_per_step % n == 0)
+    def responses_per_step(self) -> int:
+        """Responses that a step trains on."""
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def groups_per_step(self) -> int:
+        """Groups of a step; the last may be smaller than the others."""
+        return -(-self.responses_per_step // self.group_size)
+
+    @property
+    def room(self) -> int:
+        """Responses an actor holds at once, after `max_requests` is resolved."""
+        return self.max_requests or int(self.engine_args.get("max_num_seqs", SEQUENCES))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +124,9 @@ class LearnerSection(Section):
     max_failures: NonNegative = 2
     """Losses of the group that the run survives without a step between them; each restarts it at the last committed
     checkpoint. [losses]"""
+    fetch_timeout: PositiveFloat = 60.0
+    """How long none of a rank's samples may arrive before those that are missing are made again: the host that held
+    them may be gone. [s]"""
     cpus_per_rank: NonNegativeFloat = 0.4
     """Logical CPUs a rank asks of Ray. [CPUs]"""
     gpus_per_rank: NonNegativeFloat = 0.0

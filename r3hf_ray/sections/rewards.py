@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import field_validator
 
 from r3hf_ray.methods import METHODS, MethodFacts, facts_of
-from r3hf_ray.sections.fields import Fraction, NonNegative, NonNegativeFloat, Positive, Section
+from r3hf_ray.sections.fields import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
 
 class RewardSection(Section):
@@ -13,6 +13,10 @@ class RewardSection(Section):
 
     actors: Positive = 2
     """Reward actors working in parallel on refs. [actors]"""
+    max_actors: Positive | None = None
+    """Most reward actors that `r3hf scale` may ask for; left out: no limit. [actors]"""
+    deadline: PositiveFloat = 600.0
+    """How long the scoring of a group may take before its actor is started anew and the group goes elsewhere. [s]"""
     mode: str = "r3hf"
     """How the sequence reward is paid: at the last token (`terminal`), per token as the difference of prefix scores
     (`r3hf`), the same summed over spans (`segment`), in equal parts (`uniform`), by the reward model's attention

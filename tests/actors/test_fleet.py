@@ -1,109 +1,121 @@
-"""The fleet without actors: who is picked, who counts as lost, and that what ends a group's thread is never lost."""
+"""The fleet without actors: who counts as lost, how often a failing member is borne, and who leaves."""
 
 import asyncio
-from collections.abc import Callable
+import time
+from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayActorError, RayTaskError
 
-from r3hf_ray.actors.fleet import Fleet, Member, TrainGroup
+from r3hf_ray.actors.fleet import FAILURES_IN_A_ROW, Fleet
+from r3hf_ray.actors.members import Member, MemberLost, Pool
 from r3hf_ray.actors.outcome import Outcome, Timeline
-from r3hf_ray.errors import RunFailed
+from r3hf_ray.actors.pulse import Pulse
 
 
-def make_fleet() -> Fleet:
-    timeline = Timeline()
-    return Fleet([], [], max_gap=1e-3, timeline=timeline, outcome=Outcome(timeline))
+def make_fleet(monkeypatch: pytest.MonkeyPatch, count: int = 2) -> tuple[Fleet, list[str]]:
+    """A fleet whose members serve, and the names of those that are asked for again."""
+    timeline, watched = Timeline(), list[str]()
+    fleet = Fleet(
+        pools={"rollout": Pool("rollout", 32)},
+        makers={},
+        max_gap=1e-3,
+        timeline=timeline,
+        outcome=Outcome(timeline),
+        deadlines={"rollout": 10.0},
+    )
+    for number in range(count):
+        member = Member(f"rollout {number}", "rollout", None, serves=True, lives=1, moved=time.monotonic())
+        fleet.rollouts.members.append(member)
+
+    async def arrive(_: Fleet, member: Member, how: str) -> None:
+        watched.append(member.name)
+
+    monkeypatch.setattr(Fleet, "_arrive", arrive)
+    monkeypatch.setattr("ray.kill", lambda handle, no_restart=True: watched.append("killed"))
+    return fleet, watched
 
 
-def members(*names: str) -> list[Member]:
-    return [Member(name, f"handle of {name}", alive=True) for name in names]
+def told(fleet: Fleet) -> list[tuple[str, str]]:
+    return [(event["event"], event["actor"]) for event in fleet.timeline.events]
 
 
-def test_one_working_member_is_picked_in_turn() -> None:
-    fleet = make_fleet()
-    three = members("rollout 0", "rollout 1", "rollout 2")
-
-    async def pick(number: int) -> str:
-        return (await fleet.pick(three, number)).name
-
-    assert [asyncio.run(pick(number)) for number in range(4)] == ["rollout 0", "rollout 1", "rollout 2", "rollout 0"]
-    three[1].alive = False
-    assert [asyncio.run(pick(number)) for number in range(4)] == ["rollout 0", "rollout 2", "rollout 2", "rollout 0"]
-
-
-def test_whoever_needs_an_actor_waits_until_one_is_back_or_the_run_is_over() -> None:
+def test_a_dead_actor_is_lost_once_and_what_it_held_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        fleet = make_fleet()
-        (only,) = members("reward 0")
-        only.alive = False
-        waiting = asyncio.create_task(fleet.pick([only], 0))
-        await asyncio.sleep(0.01)
-        fleet.came_back.set()  # somebody else's
-        await asyncio.sleep(0.01)
-        assert not waiting.done()
-        only.alive = True
-        fleet.came_back.set()
-        assert await asyncio.wait_for(waiting, 1.0) is only
-
-        only.alive = False
-        waiting = asyncio.create_task(fleet.pick([only], 0))
-        await asyncio.sleep(0.01)
-        with pytest.raises(RunFailed):
-            fleet.outcome.fail("over")
-        with pytest.raises(RunFailed, match="over"):
-            await asyncio.wait_for(waiting, 1.0)
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("error", [ActorDiedError(), ActorUnavailableError("busy", None), RayActorError()])
-def test_a_dead_actor_is_lost_once(error: RayActorError, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main() -> None:
-        fleet = make_fleet()
-        watched: list[Member] = []
-
-        async def arrive(_: Fleet, member: Member, how: str) -> None:
-            watched.append(member)
-
-        monkeypatch.setattr(Fleet, "_arrive", arrive)
-        (member,) = members("rollout 0")
-        assert [fleet.lost(member, error, 0), fleet.lost(member, error, 0)] == [1, 1]
+        fleet, watched = make_fleet(monkeypatch)
+        work = await fleet.rollouts.take(0, 4)
+        fleet.lost(work.member, "killed", 1)
+        fleet.lost(work.member, "killed", 1)
+        with pytest.raises(MemberLost, match="killed"):
+            await work.answer
         await asyncio.sleep(0)
-        assert watched == [member]
-        assert not member.alive
-        assert [(event["event"], event["actor"]) for event in fleet.timeline.events] == [("failure", "rollout 0")]
+        assert watched == ["rollout 0"]
+        assert told(fleet) == [("failure", "rollout 0")]
+        assert (await fleet.rollouts.take(1, 4)).member.name == "rollout 1"
 
     asyncio.run(main())
 
 
-def test_an_ordinary_failure_loses_no_actor() -> None:
-    fleet = make_fleet()
-    (member,) = members("rollout 0")
-    for error in (RayTaskError("f", "Traceback\nValueError: x", ValueError("x")), ObjectLostError("00" * 28, None, "")):
-        assert fleet.lost(member, error, 0) == 0
-    assert member.alive
-    assert fleet.timeline.events == []
+def test_an_earlier_life_says_nothing_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, _ = make_fleet(monkeypatch)
+    (member, _) = fleet.rollouts.members
+    member.lives = 2
+    fleet.lost(member, "killed", 1)
+    assert not member.lost and fleet.timeline.events == []
 
 
-def ended(fit: Callable[[], None]) -> TrainGroup:
-    """A group whose `fit` has ended."""
-    group = TrainGroup(fit)
-    group.start()
-    group.join(10.0)
-    assert not group.is_alive()
-    return group
+def test_failures_in_a_row_start_a_member_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        fleet, watched = make_fleet(monkeypatch)
+        work = await fleet.rollouts.take(0, 4)
+        for number in range(FAILURES_IN_A_ROW):
+            assert not work.member.lost, number
+            fleet.failed(work, "CUDA error")
+        await asyncio.sleep(0)
+        assert work.member.lost and "3 failures in a row, the last: CUDA error" in work.member.reason
+        assert sorted(watched) == ["killed", "rollout 0"]
+
+    asyncio.run(main())
 
 
-@pytest.mark.parametrize("error", [ActorDiedError(), KeyError("controller"), SystemExit(1)])
-def test_whatever_ends_a_group_is_kept(error: BaseException) -> None:
-    """A controller that is killed is no `TrainingFailedError`; a command that knew only those said it was finished."""
+@pytest.mark.parametrize(("moves", "state"), [(True, "slow"), (False, "lost"), (None, "busy")])
+def test_past_its_deadline_who_gets_on_is_slow_and_who_does_not_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, moves: bool | None, state: str
+) -> None:
+    async def main() -> None:
+        fleet, _ = make_fleet(monkeypatch)
+        work = await fleet.rollouts.take(0, 4)
+        member, past = work.member, time.monotonic() - (11.0 if moves is not None else 9.0)
+        member.pulse, member.moved, work.since = Pulse(node="n", pid=1, progress=5), past, past
+        fleet._judge(member, Pulse(node="n", pid=1, progress=6 if moves else 5))
+        assert member.info.state == state
+        expected: list[Any] = {"slow": ["slow"], "lost": ["failure"], "busy": []}[state]
+        assert [event["event"] for event in fleet.timeline.events] == expected
+        assert all("rollout.deadline" in event["reason"] for event in fleet.timeline.events)
 
-    def fit() -> None:
-        raise error
-
-    assert ended(fit).error is error
+    asyncio.run(main())
 
 
-def test_a_group_that_came_to_its_end_has_no_error() -> None:
-    assert ended(lambda: None).error is None
+def test_those_that_do_not_work_yet_leave_first_and_then_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        fleet, watched = make_fleet(monkeypatch, 4)
+        fleet.rollouts.members[1].serves = False
+        held = await fleet.rollouts.take(0, 4)
+        fleet.shrink("rollout", 2)
+        assert [member.name for member in fleet.rollouts.members if member.leaves] == ["rollout 1", "rollout 3"]
+        await asyncio.sleep(0.1)
+        assert [member.name for member in fleet.rollouts.members] == ["rollout 0", "rollout 2"]
+        assert watched == ["killed", "killed"] and not held.answer.done()
+
+    asyncio.run(main())
+
+
+def test_who_leaves_and_does_not_end_hands_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        fleet, _ = make_fleet(monkeypatch, 1)
+        fleet.patience = 0.1
+        work = await fleet.rollouts.take(0, 4)
+        fleet.shrink("rollout", 1)
+        with pytest.raises(MemberLost, match="it leaves"):
+            await asyncio.wait_for(work.answer, 5.0)
+
+    asyncio.run(main())

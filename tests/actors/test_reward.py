@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray import cloudpickle
 
 from r3hf_ray.actors.reward import RewardActor
 from r3hf_ray.scoring.scorer import ScoringSettings
 from r3hf_ray.sections.models import ModelSection
 from r3hf_ray.sections.rewards import RewardSection
-from r3hf_ray.types import MAIN, ChunkReport, Finish, ScoredTrajectory, Trajectory
+from r3hf_ray.types import MAIN, Finish, GroupReport, ScoredTrajectory, Trajectory
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +35,15 @@ def trajectory(prompt_id: int, sample: int, response: list[int]) -> Trajectory:
 
 
 def test_one_object_for_each_key_in_their_order_then_the_report(actor: RewardActor) -> None:
-    """Key (1, 1) was asked for, but its generation failed."""
-    made = [trajectory(2, 0, [9, 10, 11, 2]), trajectory(1, 0, [8, 2])]
+    """Key (1, 1) is not there, and (3, 0) is not asked for."""
+    made = [trajectory(2, 0, [9, 10, 11, 2]), trajectory(3, 0, [8, 2]), trajectory(1, 0, [8, 2])]
     keys = [(1, 0), (1, 1), (2, 0)]
     first, second, third, report = actor.score(made, keys)
     assert isinstance(first, ScoredTrajectory)
-    assert first.trajectory is made[1]
+    assert first.trajectory is made[2]
     assert second is None
     assert third.trajectory is made[0]
-    assert isinstance(report, ChunkReport)
+    assert isinstance(report, GroupReport)
     assert [(info.prompt_id, info.length) for info in report.infos] == [
         (2, len(made[0].token_ids)),
         (1, len(made[1].token_ids)),
@@ -72,3 +73,11 @@ def test_a_chunk_of_which_nothing_was_generated(actor: RewardActor) -> None:
     nothing, report = actor.score([], [(1, 0)])
     assert nothing is None
     assert (report.infos, report.failures) == ([], [])
+
+
+def test_settings_may_come_as_bytes(tiny_models: Any) -> None:
+    """The coordinator starts the actor, and must not import what the settings are made of."""
+    model = ModelSection(policy=str(tiny_models.policy), reward_model=str(tiny_models.reward))
+    settings = ScoringSettings(reward=RewardSection(), model=model, temperature=1.0)
+    *_, report = RewardActor(cloudpickle.dumps(settings)).score([trajectory(1, 0, [8, 2])], [(1, 0)])
+    assert len(report.infos) == 1

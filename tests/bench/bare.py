@@ -27,7 +27,7 @@ from typing import Any
 
 from bench.results import BareStep, Cost
 from r3hf_ray.actors.environment import ACTORS
-from r3hf_ray.actors.rollout import RolloutActor, engine_environment
+from r3hf_ray.actors.sampler import Sampler, engine_environment
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import step_requests
 from r3hf_ray.errors import RunFailed
@@ -157,7 +157,7 @@ def _sampler(settings: tuple[RolloutSection, EngineFacts]) -> Calls:
     from r3hf_ray.models.sharding import full_parameters
     from r3hf_ray.weights.in_process import publication
 
-    actor = RolloutActor(section, facts)
+    actor = Sampler(section, facts)
     policy = load_policy(facts.model, torch.float32)
 
     def load_weights(version: int) -> None:

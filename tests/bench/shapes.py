@@ -109,7 +109,7 @@ TINY = Shape(
     iterations=3,
     overhead=1.3,
     job={
-        "rollout": {"actors": 2, "chunks_per_step": 2, "threads": 1},
+        "rollout": {"actors": 2, "group_size": 32, "threads": 1},
         "reward": {"actors": 2, "threads": 1},
         "learner": {"ranks": 2, "threads": 1},
     },
@@ -125,14 +125,14 @@ SMOLLM2 = Shape(
     iterations=2,
     overhead=1.15,
     job={
-        "rollout": {"actors": 1, "chunks_per_step": 1, "threads": 2},
+        "rollout": {"actors": 1, "threads": 2},
         "reward": {"actors": 1, "threads": 2},
         "learner": {"ranks": 1, "threads": 2},
     },
     variants=(LAG_0, LAG_1, TERMINAL, TWO_RANKS),
 )
 """SmolLM2-135M: one process of each kind with two threads. A step of decoding reads all weights once for the whole
-batch, so chunks would cost time; two learner ranks over loopback are several times slower than one."""
+batch, so all of it is in one engine at once; two learner ranks over loopback are several times slower than one."""
 
 SHAPES = {shape.name: shape for shape in (TINY, SMOLLM2)}
 

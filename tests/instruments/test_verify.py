@@ -74,7 +74,6 @@ source = "prompts.jsonl"
 [rollout]
 prompts_per_step = {PROMPTS}
 samples_per_prompt = {SAMPLES}
-chunks_per_step = 1
 [ppo]
 steps = {STEPS}
 """

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from r3hf_ray.actors.dispatch import ScoredRef
-from r3hf_ray.actors.rollout import RolloutActor
+from r3hf_ray.actors.sampler import Sampler
 from r3hf_ray.actors.shares import FillingBatch, RankShare, calibration_of, evaluation_metrics
 from r3hf_ray.config import PPOConfig
 from r3hf_ray.draws import step_requests, stream_requests
@@ -38,7 +38,7 @@ class Workbench:
     """Runs configurations one after another; the engine is kept while its settings stay the same."""
 
     def __init__(self) -> None:
-        self._engine: tuple[tuple[RolloutSection, EngineFacts], RolloutActor] | None = None
+        self._engine: tuple[tuple[RolloutSection, EngineFacts], Sampler] | None = None
 
     def run(self, config: PPOConfig, schedules: tuple[Schedule, ...] = ()) -> Path:
         """One run, from its configuration to a folder with ``metrics.jsonl`` and ``events.jsonl``; no model is saved.
@@ -64,17 +64,17 @@ class Workbench:
             events.write({"event": "finished", "step": config.ppo.steps})
         return folder
 
-    def _engine_for(self, config: PPOConfig, plan: Plan) -> RolloutActor:
+    def _engine_for(self, config: PPOConfig, plan: Plan) -> Sampler:
         settings = (config.rollout, replace(plan.engine, medium="in_process"))
         if self._engine is None or self._engine[0] != settings:
-            self._engine = (settings, RolloutActor(*settings))
+            self._engine = (settings, Sampler(*settings))
             logging.getLogger("vllm").setLevel(logging.ERROR)  # it warns at every load of weights, of nothing
         return self._engine[1]
 
 
 class _Run:
     def __init__(
-        self, config: PPOConfig, schedules: tuple[Schedule, ...], plan: Plan, engine: RolloutActor, folder: Path
+        self, config: PPOConfig, schedules: tuple[Schedule, ...], plan: Plan, engine: Sampler, folder: Path
     ) -> None:
         self._config, self._schedules, self._plan, self._engine = config, schedules, plan, engine
         self._scorer = Scorer(plan.scoring)

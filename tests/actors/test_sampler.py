@@ -15,12 +15,12 @@ import torch
 from ray import cloudpickle
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from r3hf_ray.actors.rollout import RolloutActor, StaleWeightsError, engine_environment
+from r3hf_ray.actors.sampler import Sampler, StaleWeightsError, engine_environment
 from r3hf_ray.draws import seed_of
 from r3hf_ray.models.logprobs import token_logprobs
 from r3hf_ray.models.sharding import full_parameters
 from r3hf_ray.sections.actors import EngineFacts, RolloutSection
-from r3hf_ray.types import ChunkReport, Finish, Request, Trajectory
+from r3hf_ray.types import Finish, GroupReport, Request, SampleGroup, Trajectory
 from r3hf_ray.weights.contract import Loaded, Probe, Publication
 from r3hf_ray.weights.object_ref import WeightStore, publish
 from r3hf_ray.weights.tensors import in_transit
@@ -44,16 +44,67 @@ class Samplers:
 
     def __init__(self, facts: dict[str, EngineFacts]) -> None:
         torch.set_num_threads(1)
-        self.of = {kind: RolloutActor(SECTION, each) for kind, each in facts.items()}
+        self.of = {kind: Sampler(SECTION, each) for kind, each in facts.items()}
 
     def load(self, kind: str, publication: Publication) -> Loaded:
         return self.of[kind].load_weights(publication)
 
-    def generate(self, kind: str, requests: list[Request]) -> tuple[list[Trajectory], ChunkReport]:
+    def generate(self, kind: str, requests: list[Request]) -> tuple[list[Trajectory], GroupReport]:
         return self.of[kind].generate(requests)
 
     def cached_tokens(self, kind: str, requests: list[Request]) -> list[int]:
-        return [output.num_cached_tokens for output in self.of[kind]._sample(requests)]
+        return [output.num_cached_tokens for output in self.sampled(kind, requests)]
+
+    def sampled(self, kind: str, requests: list[Request]) -> list[Any]:
+        """vLLM's own outputs."""
+        self.of[kind]._enqueue(requests)
+        return self.of[kind]._llm.wait_for_completion(use_tqdm=False)
+
+    def together(self, kind: str, groups: list[list[Request]]) -> list[tuple[list[Trajectory], GroupReport]]:
+        """Groups that are in the engine at the same time, each one step later than the one before."""
+        sampler, made = self.of[kind], []
+        for number, group in enumerate(groups):
+            sampler.add(SampleGroup(number=number, requests=group))
+            made += sampler.step()
+        while not sampler.idle:
+            made += sampler.step()
+        return made
+
+    def unreadable(self, kind: str, groups: list[list[Request]]) -> tuple[list[int], list[int], bool]:
+        """Numbers of the groups that come out, and that are dropped, where the answer to the last cannot be read."""
+        sampler = self.of[kind]
+        read, bad = sampler._trajectory, groups[-1][0].key
+        for number, group in enumerate(groups):
+            sampler.add(SampleGroup(number=number, requests=group))
+
+        def once(request: Request, output: Any) -> Any:
+            if request.key == bad:
+                raise ValueError("a logprob is missing")
+            return read(request, output)
+
+        sampler._trajectory = once
+        made = []
+        try:
+            while True:
+                made += [report.number for _, report in sampler.step()]
+        except ValueError:
+            dropped = [report.number for _, report in sampler.drop("a logprob is missing")]
+        finally:
+            sampler._trajectory = read
+        return made, dropped, sampler.idle
+
+    def aborted(self, kind: str, first: list[Request], second: list[Request]) -> tuple[list[int], int]:
+        """Numbers of the groups that come out when the first is aborted after a step, and what the engine still has."""
+        sampler = self.of[kind]
+        sampler.add(SampleGroup(number=1, requests=first))
+        sampler.step()
+        sampler.add(SampleGroup(number=2, requests=second))
+        found = [sampler.abort(1), sampler.abort(1)]
+        assert found == [True, False]
+        numbers = []
+        while not sampler.idle:
+            numbers += [report.number for _, report in sampler.step()]
+        return numbers, len(sampler._llm.llm_engine.output_processor.request_states)
 
     def interrupted(self, kind: str, requests: list[Request]) -> int:
         """A call that fails after the engine's first step; how many requests are still in the engine then."""
@@ -300,6 +351,35 @@ def test_a_call_that_failed_leaves_nothing_in_the_engine(world: World) -> None:
     requests = requests_of([random_prompt(seed, 4) for seed in range(6)])
     assert world.call("interrupted", "untied", requests) == 0
     assert len(world.generate("untied", requests)) == 6
+
+
+def test_groups_come_out_whole_and_with_the_bits_they_have_alone(world: World) -> None:
+    world.sync("untied")
+    asked = requests_of(prompts(), samples=3)
+    alone = as_rows(world.generate("untied", asked))
+    world.sync("untied")
+    groups = [asked[i : i + 8] for i in range(0, len(asked), 8)]
+    made = world.call("together", "untied", groups)
+    assert {report.number for _, report in made} == set(range(len(groups)))
+    for trajectories, report in made:
+        assert [t.prompt_id for t in trajectories] == [request.prompt_id for request in groups[report.number]]
+        assert report.infos == [trajectory.info for trajectory in trajectories]
+    assert as_rows([t for trajectories, _ in made for t in trajectories]) == alone
+
+
+def test_no_group_is_lost_where_an_answer_cannot_be_read(world: World) -> None:
+    """They end in one step; those that were read before the bad one come back too."""
+    world.sync("untied")
+    groups = [requests_of([random_prompt(1, 4)]) for _ in range(3)]
+    groups = [[replace(request, prompt_id=number) for request in group] for number, group in enumerate(groups)]
+    made, dropped, idle = world.call("unreadable", "untied", groups)
+    assert sorted([*made, *dropped]) == [0, 1, 2] and 2 in dropped and idle
+
+
+def test_a_group_that_is_aborted_never_comes_out_and_leaves_the_engine(world: World) -> None:
+    world.sync("untied")
+    first, second = requests_of([random_prompt(1, 4)]), requests_of([random_prompt(2, 4)])
+    assert world.call("aborted", "untied", first, second) == ([2], 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -30,7 +30,7 @@ from r3hf_ray.user_functions import user_function
 from r3hf_ray.weights.media import check_medium, medium_of
 
 SURE = 0.2
-"""Plans were within 5% of torch's tracker and within a fifth of a process; only what is beyond that is refused."""
+"""How much too high a plan may be; those held to a measurement were at most 6% above it (docs/results.md)."""
 MARGIN = 1e-6
 """Slack for sums of fractional CPUs."""
 

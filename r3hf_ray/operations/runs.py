@@ -154,11 +154,7 @@ def scale(folder: Path, wanted: list[str]) -> str:
         try:
             coordinator = ray.get_actor("coordinator", lease.namespace)
             refusal = ray.get(coordinator.scale.remote(**counts), timeout=ANSWER_SECONDS)
-        except (
-            ValueError,
-            RayError,
-            AttributeError,
-        ) as error:  # none is there, or one of another version of this program
+        except (ValueError, RayError) as error:  # none is there, or it is busy with something else
             raise ConfigError(f"{folder}: its coordinator does not answer: {sentence_of(error)}") from None
     if refusal:
         raise ConfigError(f"{folder}: {refusal}")

@@ -108,7 +108,7 @@ def ask(namespace: str, job: str) -> Live | None:
     try:
         coordinator = ray.get_actor("coordinator", namespace)
         members = ray.get(coordinator.members.remote(), timeout=ANSWER_SECONDS)
-    except (ValueError, RayError, AttributeError):
+    except (ValueError, RayError):
         return None
     waiting = state.actors(job_id=ray.JobID.from_hex(job), actor_state_name="PENDING_CREATION").values()
     free = {name: ray.available_resources().get(name, 0.0) for name in ("CPU", "GPU")}

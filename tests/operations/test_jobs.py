@@ -150,7 +150,7 @@ def test_two_runs_at_once_one_of_which_is_stopped(head: Head, submit: Callable[.
     listed = head.ray("list", "actors", "--address", URL, "--filter", "state=ALIVE", "--format", "json")
     left = [actor["class_name"] for actor in json.loads(listed)]
     assert [name for name in left if not name.startswith("_")] == [], "Ray's own for all of its cluster may stay"
-    told = head.ray("list", "jobs", "--address", URL, "--format", "json")
+    told = head.ray("list", "jobs", "--address", URL, "--detail", "--format", "json")
     assert "keys.env" in told and key not in told
     for path in head.folder.rglob("*"):
         if path.is_file() and path.name != "keys.env" and "sockets" not in path.parts:

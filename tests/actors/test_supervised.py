@@ -13,8 +13,8 @@ from ray.exceptions import ActorDiedError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from r3hf_ray.actors import supervised
-from r3hf_ray.actors.fleet import TrainGroup
 from r3hf_ray.actors.supervised import _new_rows
+from r3hf_ray.actors.train_group import TrainGroup
 from r3hf_ray.config import RewardConfig, SFTConfig
 from r3hf_ray.errors import ConfigError, RunFailed
 from r3hf_ray.instruments.toy.language import make_tokenizer

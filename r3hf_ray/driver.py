@@ -277,6 +277,7 @@ class _Follower:
             plain = self._metrics.write(row)
             self._wandb.log(plain)
             self._tensorboard.log(plain)
+            self._lookout.step_done(plain)
             self._latest |= plain
             self._show(snapshot)
         self._rows_seen += len(snapshot.rows)

@@ -208,11 +208,6 @@ def joins(length: int, rows: int, longest: int) -> bool:
     return length >= LIKE * longest or rows * longest < WORTH_A_FORWARD
 
 
-def padded_tokens(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> int:
-    """Tokens that forwards of ``groups`` compute, padding included."""
-    return sum(len(group) * max(lengths[i] for i in group) for group in groups)
-
-
 def masked_filler(batch: Batch) -> Batch:
     """One row without a single response token: it costs a forward, and adds exactly 0 to every loss and gradient.
 

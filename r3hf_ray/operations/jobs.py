@@ -156,7 +156,7 @@ class Jobs:
             shown = asyncio.run(self._tail(name, show, shown))
             info = self._info(name)
             if info.status.is_terminal():
-                return self._code(info, show)
+                return _exit_code(info, show)
             time.sleep(POLL_SECONDS)
 
     def tail(self, name: str, show: Show, *, follow: bool) -> None:
@@ -216,15 +216,6 @@ class Jobs:
                     shown = seen
         return shown
 
-    def _code(self, info: JobInfo, show: Show) -> int:
-        if info.status == JobStatus.SUCCEEDED:
-            return 0
-        if info.status == JobStatus.STOPPED:
-            return STOPPED
-        if info.driver_exit_code is None:
-            show(f"failed: {info.message}\n")
-        return info.driver_exit_code or 1
-
 
 def described(job: JobDetails) -> Mapping[str, str]:
     """A job as a row of `r3hf jobs`."""
@@ -238,3 +229,13 @@ def described(job: JobDetails) -> Mapping[str, str]:
         "for": f"{(ended - began) / 60000:.1f} min" if began else "",
         "folder": metadata.get("r3hf_folder", ""),
     }
+
+
+def _exit_code(info: JobInfo, show: Show) -> int:
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    if info.status == JobStatus.STOPPED:
+        return STOPPED
+    if info.driver_exit_code is None:
+        show(f"failed: {info.message}\n")
+    return info.driver_exit_code or 1

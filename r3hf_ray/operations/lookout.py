@@ -4,6 +4,7 @@
 """
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,8 @@ import ray
 
 from r3hf_ray.operations.logs import Places
 from r3hf_ray.operations.paragraph import paragraph
-from r3hf_ray.operations.standing import ask, standing, usual_seconds
+from r3hf_ray.operations.standing import RECENT, ask, standing, step_seconds, usual_seconds
+from r3hf_ray.records.metrics import read_metrics
 
 LOOK_SECONDS = 5.0
 SLOW, SLOW_SECONDS, AGAIN_SECONDS = 5.0, 60.0, 300.0
@@ -27,6 +29,7 @@ class Lookout:
         """Of the run in a folder, whose named actors are in a namespace."""
         self._folder, self._namespace = folder, namespace
         self._places, self._slow, self._next = Places(), Slowness(), 0.0
+        self._seconds = deque(step_seconds(read_metrics(folder)), maxlen=RECENT)  # of a resumed run
 
     def told(self, events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Events, a rank's with the place of its output, and a lost actor's with the last lines that it wrote."""
@@ -42,13 +45,17 @@ class Lookout:
             told.append(dict(event) | more)
         return told
 
+    def step_done(self, row: Mapping[str, float]) -> None:
+        """Take down how long a step took, from its row of metrics."""
+        self._seconds.extend(step_seconds([row]))
+
     def look(self, step: int) -> tuple[list[dict[str, Any]], str]:
         """Events of actors that came, and what to say of a run that is slow after so many steps: mostly nothing."""
         if time.monotonic() < self._next:
             return [], ""
         self._next = time.monotonic() + LOOK_SECONDS
         came = [{"event": "placed", **asdict(place)} for place in self._places.new()]
-        if not self._slow.is_due(step, usual_seconds(self._folder)):
+        if not self._slow.is_due(step, usual_seconds(self._seconds)):
             return came, ""
         live = ask(self._namespace, ray.get_runtime_context().get_job_id())
         return came, paragraph(standing(self._folder, live=live))

@@ -1,7 +1,7 @@
 """How a run stands: from its folder, and from its coordinator while that lives (layer 4)."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def standing(folder: Path, *, live: Live | None = None, unreachable: str = "") -
         lease=lease,
         step=int(rows[-1][STEP]) if rows else 0,
         steps=steps,
-        seconds=usual_seconds(folder),
+        seconds=usual_seconds(step_seconds(rows)),
         events=read_jsonl(folder / "events.jsonl"),
         asks=asks,
         live=live,
@@ -86,10 +86,14 @@ def standing(folder: Path, *, live: Live | None = None, unreachable: str = "") -
     )
 
 
-def usual_seconds(folder: Path) -> float | None:
-    """The median time of the recent steps; None where none is done. [s]"""
-    times = [row["time/step"] for row in read_metrics(folder) if row.get("time/step")][-RECENT:]
-    return statistics.median(times) if times else None
+def step_seconds(rows: Sequence[Mapping[str, float]]) -> list[float]:
+    """Of the recent steps. [s]"""
+    return [row["time/step"] for row in rows if row.get("time/step")][-RECENT:]
+
+
+def usual_seconds(seconds: Collection[float]) -> float | None:
+    """Their median; None where no step is done. [s]"""
+    return statistics.median(seconds) if seconds else None
 
 
 def asked(rollout: RolloutSection, reward: RewardSection) -> dict[str, dict[str, float]]:

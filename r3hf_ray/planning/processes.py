@@ -107,12 +107,8 @@ def _learner(config: PPOConfig, shapes: Shapes) -> Process:
         device = {name: parts + Counter({"context": CONTEXT}) for name, parts in device.items()}
         host += Counter({"checkpoint": shard})
     else:
-        held = Counter(
-            {name: size for name, size in device["evaluate"].items() if name.startswith(("policy", "critic"))}
-        )
-        device |= {
-            "publish": held + Counter({"buckets": gathered}),
-        }
+        held = {name: size for name, size in device["evaluate"].items() if name.startswith(("policy", "critic"))}
+        device["publish"] = Counter(held | {"buckets": gathered})
     return Process(
         name="learner",
         count=learner.ranks,

@@ -9,32 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made.toy_job import toy_job
 
 from hosts.lab import Host, Lab, missing
-
-JOB = """
-[run]
-name = "run"
-folder = "{shared}/runs"
-[model]
-policy = "{shared}/world/base"
-reward_model = "{shared}/world/reward"
-[data]
-source = "{shared}/world/prompts.jsonl"
-[rollout]
-prompts_per_step = 8
-max_response_tokens = 16
-[reward]
-calibration_samples = 8
-[ppo]
-steps = {steps}
-[learner]
-checkpoint_every = 1
-[evaluation]
-prompts = 0
-[tracking]
-wandb = "disabled"
-"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -134,7 +111,8 @@ def ppo(world: Path) -> Callable[..., Driver]:
     def start(lab: Lab, *arguments: str, steps: int = 6, log: str = "ppo.log") -> Driver:
         if not (lab.shared / "world").exists():
             shutil.copytree(world, lab.shared / "world")
-            (lab.shared / "job.toml").write_text(JOB.format(shared=lab.shared, steps=steps))
+            job = toy_job(lab.shared / "world", lab.shared / "runs", steps=steps)
+            (lab.shared / "job.toml").write_text(job)
         words = ("r3hf", "ppo", str(lab.shared / "job.toml"), *arguments)
         head = lab.hosts[0]
         process = head.popen(*words, environment={"RAY_ADDRESS": lab.ray_address}, log=log)

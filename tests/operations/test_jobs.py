@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made.toy_job import toy_job
 
 from operations.conftest import ADDRESS, URL, Head
 from r3hf_ray.cli import main
@@ -49,38 +50,12 @@ def test_a_server_that_is_not_there_is_named_at_once(capsys: pytest.CaptureFixtu
     assert f"{url}: no job server answers" in capsys.readouterr().err
 
 
-TOY = """
-[run]
-name = "{name}"
-folder = "{runs}"
-[model]
-policy = "{world}/base"
-reward_model = "{world}/reward"
-[data]
-source = "{world}/prompts.jsonl"
-[rollout]
-prompts_per_step = 8
-max_response_tokens = 16
-[reward]
-calibration_samples = 8
-[ppo]
-steps = {steps}
-[learner]
-ranks = 1
-checkpoint_every = 0
-[evaluation]
-prompts = 0
-[tracking]
-wandb = "offline"
-"""
-
-
 @pytest.fixture
 def submit(head: Head, toy_world: Path, tmp_path: Path) -> Callable[..., Any]:
     """`submit(name, *words, steps=2)`: `r3hf submit` of a toy job from a folder that holds nothing else."""
 
     def start(name: str, *words: str, steps: int = 2) -> "subprocess.Popen[str]":
-        text = TOY.format(name=name, runs=head.folder / "runs", world=toy_world, steps=steps)
+        text = toy_job(toy_world, head.folder / "runs", name=name, steps=steps, checkpoint_every=0, wandb="offline")
         (tmp_path / f"{name}.toml").write_text(text)
         return head.popen("submit", f"{name}.toml", *words, folder=tmp_path)
 

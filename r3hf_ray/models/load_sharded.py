@@ -7,6 +7,7 @@ left to `load` and `values`, which give the same bits by way of the whole model.
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def sharded_policy(
     _inside(
         policy,
         model,
-        lambda: load.check_policy(model, source, attention),
+        partial(load.check_policy, model, source, attention),
         lambda: policy(ids, mask, responds, temperature=1.0),
     )
     load.mask_unknown(model, source)
@@ -109,11 +110,11 @@ def sharded_critic(
             tensor.fill_(value)
         nn.init.zeros_(critic.head.weight)
         nn.init.zeros_(critic.head.bias)
-    check: Callable[[], None] = lambda: attending.settle(model, source, attention)  # noqa: E731
+    check = partial(attending.settle, model, source, attention)
     if head is not None:
         head.to_empty(device=device)
         files.read(_head_state(model))
-        check = lambda: load.check_reward_model(model, source, attention)  # noqa: E731
+        check = partial(load.check_reward_model, model, source, attention)
         if keep_head:
             names = {name: dict(critic.head.named_parameters())[name.rpartition(".")[2]] for name in _head_state(model)}
             files.read({name: parameter.detach() for name, parameter in names.items()})
